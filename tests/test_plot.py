@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -360,15 +361,26 @@ def with_null():
     return jnp.asarray(matrix)
 
 
-@functools.cache
-def of_matvec(rank=3, size=20):
-    values = jnp.linspace(size, 1.0, size)
+class Product(eqx.Module):
+    """With a matrix, which is an array: all share a program."""
+
+    matrix: jax.Array
+
+    def __call__(self, tree):
+        return {"a": self.matrix @ tree["a"]}
+
+
+SIZE = 20
+
+
+def of_matvec(matrix):
+    params, key = {"a": jnp.zeros(SIZE)}, jax.random.key(0)
     return vn.EigenProjector.from_matvec(
-        lambda tree: {"a": values * tree["a"]},
-        {"a": jnp.zeros(size)},
-        rank,
-        key=jax.random.key(0),
+        Product(jnp.asarray(matrix)), params, 3, key=key
     )
+
+
+LEADING = np.diag(np.linspace(SIZE, 1.0, SIZE))
 
 
 def test_spectrum_is_what_the_projector_knows():
@@ -447,7 +459,7 @@ def test_spectrum_of_blocks():
 
 
 def test_spectrum_of_matvec_has_the_leading_ones():
-    ax = vernal.plot.spectrum(of_matvec())
+    ax = vernal.plot.spectrum(of_matvec(LEADING))
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [20, 19, 18], rtol=1e-6)
     assert legend(ax) == ["3 leading of 20, condition number 1.11"]
 
@@ -496,14 +508,11 @@ def test_parameters_without_a_block_are_grey():
 
 
 def test_correlation_of_matvec():
-    ax = vernal.plot.correlation(of_matvec())
-    np.testing.assert_allclose(matrix_of(ax), np.eye(20), atol=1e-6)
-    flat = vn.EigenProjector.from_matvec(
-        lambda tree: {"a": jnp.ones(4) * jnp.sum(tree["a"])},
-        {"a": jnp.zeros(4)},
-        1,
-        key=jax.random.key(0),
-    )
+    ax = vernal.plot.correlation(of_matvec(LEADING))
+    np.testing.assert_allclose(matrix_of(ax), np.eye(SIZE), atol=1e-6)
+    # Three combinations are seen, of all elements.
+    rows = np.random.default_rng(0).normal(size=(3, SIZE))
+    flat = of_matvec(rows.T @ rows)
     assert np.ma.getmaskarray(matrix_of(vernal.plot.correlation(flat))).all()
 
 
@@ -940,14 +949,17 @@ def test_the_contours_of_a_line_are_ellipses():
 
 
 class Valley(vn.Trainer):
-    """A straight line far from where its offset is, or a valley that is bent."""
-
     def residuals(self, model, batch):
-        x, y = model["x"], model["y"]
-        if batch == "bent":
-            return jnp.stack([x - 1, (y - x**2) / 0.3])
-        at = batch[0] + jnp.linspace(0.0, 3.0, 20)
-        return (x + y * at - (1 + 2 * at) + 0.3 * jnp.cos(9 * at)) / 0.5
+        return valley(model["x"], model["y"], batch, jnp)
+
+
+def valley(x, y, batch, lib=np):
+    """A straight line far from where its offset is, or a valley that is bent."""
+    if batch == "bent":
+        return lib.stack([x - 1, (y - x**2) / 0.3], axis=-1)
+    at = batch[0] + np.linspace(0.0, 3.0, 20)
+    line = x[..., None] + y[..., None] * at
+    return (line - (1 + 2 * at) + 0.3 * lib.cos(9 * at)) / 0.5
 
 
 @pytest.mark.parametrize("names", [("x", "y"), ("y", "x")])
@@ -959,16 +971,16 @@ def test_a_contour_of_two_that_are_correlated_is_one_curve(names, batch, levels)
     ax = vernal.plot.contour(trainer, SOLVER, batch, *names, levels=levels)
 
     def deviance(first, second):
-        model = dict(zip(names, (first, second), strict=True))
-        return np.sum(np.square(trainer.residuals(model, batch)))
+        place = dict(zip(names, map(np.asarray, (first, second)), strict=True))
+        return np.sum(np.square(valley(**place, batch=batch)), axis=-1)
 
-    least = deviance(*(float(trainer.model[name]) for name in names))
+    least = deviance(*(trainer.model[name] for name in names))
     (lines,) = ax.collections
     for path, level in zip(lines.get_paths(), np.ravel(levels), strict=True):
         assert np.count_nonzero(path.codes == path.MOVETO) == 1
         first, *_, last = path.vertices
         np.testing.assert_allclose(first, last, atol=1e-9)
-        rise = [deviance(*place) - least for place in path.vertices]
+        rise = deviance(*path.vertices.T) - least
         np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
 
 
@@ -976,13 +988,15 @@ class Open(vn.Trainer):
     """The data know the sum, or the first, or a curve that is hardly bent."""
 
     def residuals(self, model, batch):
-        kind, x, y = batch
-        first, second = model["first"], model["second"]
-        if kind == "sum":
-            return ((first + second) * x - y) / 0.1
-        if kind == "idle":
-            return (first * x + 0 * second - y) / 0.1
-        return (first * x / (1 + x / second) - y) / 0.1
+        return misfit(model["first"], model["second"], *batch)
+
+
+def misfit(first, second, kind, x, y):
+    if kind == "sum":
+        return ((first + second) * x - y) / 0.1
+    if kind == "idle":
+        return (first * x + 0 * second - y) / 0.1
+    return (first * x / (1 + x / second) - y) / 0.1
 
 
 OPEN = {
@@ -1010,15 +1024,15 @@ def test_a_region_that_is_open_is_said_and_drawn_so(kind, dtype):
         pytest.warns(UserWarning, match=OPEN[kind]),
     ):
         ax = vernal.plot.contour(trainer, solver, batch, "first", "second")
-    deviance = lambda a, b: np.sum(
-        np.square(trainer.residuals({"first": a, "second": b}, batch), dtype=float)
-    )
-    least = deviance(*trainer.model.values())
+    # Of the data as they are in that precision.
+    known = kind, *(np.asarray(each, float) for each in batch[1:])
+    deviance = lambda *at: np.sum(np.square(misfit(*at, *known)), axis=-1)
+    least = deviance(*(np.asarray(x, float) for x in trainer.model.values()))
     (lines,) = ax.collections
     for path, level in zip(lines.get_paths(), (0.683, 0.954), strict=True):
         for part in path.to_polygons(closed_only=False):
             assert np.abs(part[0] - part[-1]).max() > 0.01
-        rise = [deviance(*place.astype(dtype)) - least for place in path.vertices]
+        rise = deviance(*path.vertices.T[..., None]) - least
         np.testing.assert_allclose(rise, -2 * np.log1p(-level), rtol=0.1)
 
 

@@ -124,11 +124,12 @@ REPLACED = {
 def answers(folder):
     """What must be the answer of one process."""
     options = {"validation": (DATA, 5), "stop": vn.Patience(50), "record": "slope"}
+    options |= {"every": 2}
     split = {"sharding": {"frozen": P("data"), "slope": P()}} if ONE_OF_TWO else {}
     many = {"mesh": MESH, "progress": False}
     found = {
-        "whole": told(fit(**options)),
-        "noisy minibatches": told(fit(minibatches(), own=noisy(), every=2)),
+        "whole": told(fit()),
+        "noisy minibatches": told(fit(minibatches(), own=noisy(), **options)),
         "split, of a stream": told(fit(stream(), **split)),
         "solve": told(LineFit(model()).solve(LM, DATA, mesh=MESH)),
         "many": told(vn.fit_many(starts(optax.adam(0.1)), DATA, 30, **many)),
@@ -146,7 +147,7 @@ def answers(folder):
     found["steps"] = {"loss": losses, "params": [], "told": "", "steps": 2}
     # What comes back belongs to each process: one may go on with it alone.
     inside.progress_bar.is_interactive = lambda: True
-    result = fit(progress=True, **options)
+    result = fit(progress=True)
     if ONE_OF_TWO:
         many |= {"progress": True, "checkpoint": vn.Checkpoints(folder / "many")}
         for steps in 11, 30:
@@ -154,7 +155,7 @@ def answers(folder):
         assert told(resumed) == found["many"]
     if NUMBER == 0:
         assert np.isfinite(result.model(2.0))
-        result.trainer.fit(DATA, 3, progress=False)
+        result.trainer.step(DATA)
     path = folder / f"saved-by-{NUMBER}"
     vn.save(path, fit(stream(), **split).trainer)
     assert path.exists() is (NUMBER == 0)

@@ -57,9 +57,8 @@ class Positive(vn.Bijection):
 BOUNDS = {"a": (None, 0.8), "b": Positive()}
 # How to make a member of a rate, whether it has its own data, and options.
 CASES = {
-    "residuals": (lambda rate: make(Squares, rate), False, {}),
     "residuals, one at a time": (lambda rate: make(Squares, rate), True, {"batch": 1}),
-    "bounds": (lambda rate: make(Squares, rate, bounds=BOUNDS), True, {}),
+    "bounds": (lambda rate: make(Squares, rate, bounds=BOUNDS), False, {}),
     "a direction": (lambda rate: dropped(Likelihood, rate), True, {}),
     "loss, some of it": (lambda rate: make(Loss, 9 * rate), True, {"every": 7}),
 }

@@ -224,26 +224,6 @@ def test_without_scatter_rounding_decides(solver, dtype):
     result = Valley({"xy": jnp.asarray([-1.2, 1.0], dtype)}).solve(solver, None)
     assert result.stop_reason is REASON.CONVERGED
     np.testing.assert_allclose(result.model["xy"], 1.0, rtol=1e-4)
-    line = Line({"a": jnp.asarray(0.5), "b": jnp.asarray(0.0)})
-    x = np.linspace(0, 1, 20)
-    batch = jnp.asarray(x), jnp.asarray(2 * x + 1)
-    assert line.solve(solver, batch).stop_reason is REASON.CONVERGED
-
-
-class Saddle(vn.Trainer):
-    def nll(self, model, batch):
-        return 50 * model["x"] ** 2 - model["y"] ** 2 + model["y"] ** 4
-
-
-def test_a_saddle_is_no_minimum():
-    trainer = Saddle({"x": jnp.asarray(1.0), "y": jnp.asarray(0.0)}, optax.adam(0.1))
-    fit = trainer.fit(None, 1_000, stop=vn.Converged(1e-7, 20), progress=False)
-    assert fit.model["y"] == 0
-    assert fit.stop_reason is REASON.STALLED
-    # A solver goes on from beside it.
-    result = trainer.solve(BFGS, None)
-    np.testing.assert_allclose(abs(result.model["y"]), 0.5**0.5, rtol=1e-6)
-    assert result.stop_reason is REASON.CONVERGED
 
 
 def test_a_plateau_is_no_minimum():

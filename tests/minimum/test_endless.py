@@ -61,11 +61,6 @@ def limits(model, most, sigma):
     return -jnp.sum(norm.logcdf((most - model["mean"]) / sigma))
 
 
-def censored(model, x, most):
-    line = model["a"] + model["b"] * x
-    return -jnp.sum(norm.logcdf((most - line) / 0.5))
-
-
 def rates(model, exposure, counts):
     is_on = jnp.arange(5) < 2
     rate = jnp.exp(model["sky"]) + jnp.where(is_on, jnp.exp(model["star"]), 0)
@@ -101,10 +96,6 @@ def dispersed(model, counts):
     return -jnp.sum(gammaln(counts + size) - gammaln(size) + chance)
 
 
-def tail(model, x):
-    return -jnp.sum(t.logpdf(x, model["nu"], 0.0, jnp.exp(model["log"])))
-
-
 def soft_box(model, middle):
     return jnp.exp(model["x"] - middle - 8) + jnp.exp(middle - 8 - model["x"])
 
@@ -113,16 +104,13 @@ NLLS = {
     "classes": classes,
     "classes in the middle": classes,
     "upper limits": limits,
-    "all is censored": censored,
     "a rate of zero": rates,
     "even counts": dispersed,
-    "no tail": tail,
     "classes that overlap": classes,
     "some limits": limits,
     "a faint star": rates,
     "a long decay": decay_nll,
     "fourth power": lambda model, _: (model["x"] - 0.3) ** 4 + model["y"] ** 2,
-    "sixth power": lambda model, _: model["x"] ** 6,
     "tenth power": lambda model, _: model["x"] ** 10,
     "valley": lambda model, _: sum(x**2 for x in valley(model)) / 2,
     "Student": students,
@@ -153,7 +141,7 @@ FIFTEEN = np.full(15, 0.1)
 # Where it begins, the batch, the parameters that run away, and the limit that intervals
 # find, of some: the lower or upper end of one of them.
 ENDLESS = {
-    "classes": (TWO, (X, X > 0.3), "ab", ("b", 0)),
+    "classes": (TWO, (X, X > 0.3), "ab", (None, 0)),
     "classes in the middle": (TWO, (X, X > 0), "b", ("b", 0)),
     "upper limits": (
         {"mean": 0.0},
@@ -161,7 +149,6 @@ ENDLESS = {
         ["mean"],
         (None, 1),
     ),
-    "all is censored": (TWO, (X, 1 + 0.3 * np.sin(7 * X)), "b", (None, 1)),
     "a rate of zero": (
         ON_OFF,
         (np.full(5, 10.0), np.array([6.0, 8, 14, 9, 11])),
@@ -194,7 +181,6 @@ ENDLESS = {
         ["size"],
         (None, 0),
     ),
-    "no tail": ({"nu": 3.0, "log": 0.0}, (np.linspace(-1, 1, 60),), ["nu"], (None, 0)),
 }
 MINIMA = {
     "classes that overlap": (TWO, (X, (X > 0.3) & (abs(X - 1) > 0.2))),
@@ -205,7 +191,6 @@ MINIMA = {
         (TIMES, 3 - 0.004 * TIMES + 0.05 * SCATTER[:15], FIFTEEN),
     ),
     "fourth power": ({"x": 2.0, "y": 1.0}, (np.zeros(1),)),
-    "sixth power": ({"x": 2.0}, (np.zeros(1),)),
     "tenth power": ({"x": 2.0}, (np.zeros(1),)),
     "valley": ({"x": -1.2, "y": 1.0}, (np.zeros(1),)),
     "Student": ({"mean": 0.0, "log": 0.0}, (SCATTER,)),
@@ -235,12 +220,17 @@ def draw(trainer, batch):
         trainer.draw(jax.random.key(0), 2, batch)
 
 
-# What has errors, and no place for a note.
-ERRORS = {
-    "standard_errors": lambda trainer, batch: trainer.standard_errors(batch),
-    "propagate": lambda trainer, batch: trainer.propagate(lambda model: model, batch),
-    "draw": draw,
-}
+# What has errors, and no place for a note: of one `nll` and of residuals all of it.
+ERRORS = (
+    lambda trainer, batch: trainer.standard_errors(batch),
+    lambda trainer, batch: trainer.propagate(lambda model: model, batch),
+    draw,
+)
+WITH_ALL = {"classes", "a decay time", "classes that overlap", "a line"}
+
+
+def errors_of(name):
+    return ERRORS if name in WITH_ALL else ERRORS[:1]
 
 
 @functools.cache
@@ -267,7 +257,7 @@ def test_a_solve_says_that_there_is_no_minimum(name):
     assert report.note.splitlines()[0] in result.table(batch)
     assert report.stop_reason is REASON.NO_MINIMUM
 
-    for ask in ERRORS.values():
+    for ask in errors_of(name):
         with pytest.warns(UserWarning, match=": no minimum this way") as warned:
             ask(result.trainer, batch)
         assert report.note.splitlines()[0] in str(warned[0].message)
@@ -295,7 +285,7 @@ def test_a_minimum_is_none_at_infinity(name, dtype):
     assert result.stop_reason is not REASON.NO_MINIMUM
     if dtype == np.float64:
         assert "no minimum" not in result.table(batch)
-        for ask in ERRORS.values():
+        for ask in errors_of(name):
             ask(result.trainer, batch)
 
 

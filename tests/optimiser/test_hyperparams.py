@@ -468,7 +468,9 @@ def test_members_have_the_numbers_of_the_script(name, rule, file, monkeypatch):
 
 @pytest.mark.loose_dtypes
 def test_many_with_every_such_state_are_resumed(tmp_path):
-    changes = {k: v for k, v in (CHANGES | MORE).items() if k != "private"}
+    # One of each kind of state.
+    kinds = ("adamw b1", "beside a schedule", "seed", "key", "schedule-free", "prodigy")
+    changes = {k: (CHANGES | MORE)[k] for k in (*kinds, "dadapt", "momo", "momo adam")}
     rules = {name: make(**old) for name, (make, old, _) in changes.items()}
     make = lambda start: Bowl(
         dict.fromkeys(rules, jnp.asarray(start)), vn.ParamOptimiser(rules)

@@ -80,7 +80,7 @@ def test_linear_in_the_number_of_keys():
         return calls_of(lambda: jax.make_jaxpr(optim.update)(params, state, params))
 
     calls(10)
-    assert calls(160) < 5 * calls(40)
+    assert calls(80) < 5 * calls(20)
 
 
 def test_a_tuple_of_names_among_the_parameters():

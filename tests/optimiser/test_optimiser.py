@@ -204,19 +204,26 @@ def test_a_line_search_is_closed_over_what_the_rule_does_not_move():
     assert same(result.model.power, start.power)
 
 
+def walked(trainer, steps):
+    """Goes step by step, which compiles less than a fit. Tells the end losses."""
+    losses = []
+    for _ in range(steps):
+        trainer, info = trainer.step(line_batch())
+        losses.append(float(info.loss))
+    return trainer, losses[0], losses[-1]
+
+
 @pytest.mark.seams
 @pytest.mark.loose_dtypes
 def test_a_line_search_beside_other_rules_in_a_chain():
-    batch = gaussian_batch()
-    rules = {("mean", "std"): LBFGS, "power": optax.sgd(1e-3)}
+    rules = {"slope": LBFGS, "offset": optax.sgd(0.1)}
     optimiser = optax.chain(vn.ParamOptimiser(rules), optax.identity())
-    result = GaussianFit(gaussian(), optimiser).fit(batch, 40)
-    assert result.history.loss[-1] < 1e-3 < result.history.loss[0]
+    _, first, last = walked(LineFit(line(), optimiser), 40)
+    assert last < 1e-3 < first
 
 
 @pytest.mark.seams
 def test_value_reaches_a_transformation_that_asks_for_it():
-    batch = line_batch()
     both = {"slope": optax.polyak_sgd(), "offset": optax.sgd(0.1)}
     for optimiser in (
         optax.polyak_sgd(),
@@ -224,8 +231,8 @@ def test_value_reaches_a_transformation_that_asks_for_it():
         vn.ParamOptimiser({}, default=optax.polyak_sgd()),
         vn.ParamOptimiser(both),
     ):
-        result = LineFit(line(), optimiser).fit(batch, 60)
-        assert result.history.loss[-1] < 1e-6
+        *_, last = walked(LineFit(line(), optimiser), 60)
+        assert last < 1e-6
 
 
 @pytest.mark.loose_dtypes

@@ -326,12 +326,6 @@ def test_a_loss_that_cannot_be_evaluated_hides_nothing():
     assert str(told) == "`batch[1]` has 1 NaN, at [1]."
 
 
-def test_of_minibatches_the_place_is_that_in_all_of_the_data():
-    data = vn.Minibatches(curve(y={150: NAN}), 10, key=jax.random.key(0))
-    told = str(diagnosed(fitted(), data))
-    assert "`batch[1]` has 1 NaN, at [150] of all the examples." in told
-
-
 # What a fit says.
 
 WORD = "`batch[1]` has 1 NaN, at [17]."
@@ -401,7 +395,6 @@ def test_a_fit_that_went_astray_is_not_blamed_on_the_data():
 
 PATIENT = vn.SkipStep() | vn.StopAfter(4)
 SKIPPED = {
-    "good": (curve(), 3, vn.StopReason.STEPS_TAKEN),
     "too long": (BAD, 9, vn.StopReason.NON_FINITE),
     "a stream": (
         vn.Stream(lambda step: iter([BAD] * 9)),
