@@ -81,8 +81,9 @@ def test_a_trainer_of_before_and_how_it_goes_on():
         *(jax.tree.leaves((t.params, t.opt_state, t.best)) for t in (new, expected)),
         strict=True,
     ):
+        # A machine rounds bfloat16 in its own way, at each of the six steps.
         np.testing.assert_allclose(
-            np.asarray(leaf, float), np.asarray(other, float), rtol=2e-2
+            np.asarray(leaf, float), np.asarray(other, float), rtol=2e-2, atol=2e-2
         )
 
 

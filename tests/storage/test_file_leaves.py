@@ -112,7 +112,8 @@ JAX_DTYPES = [
     *("bool", "int2", "int4", "int8", "int16", "int32", "int64"),
     *("uint2", "uint4", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", "bfloat16", "complex64", "complex128"),
-    *(name for name in FOREIGN if name.startswith(("float8", "float4"))),
+    *(name for name in FOREIGN if name.startswith("float8") and hasattr(jnp, name)),
+    "float4_e2m1fn",
 ]
 
 

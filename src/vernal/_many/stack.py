@@ -276,6 +276,6 @@ def is_same(rows: Array) -> bool:
     if jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
         rows = jax.random.key_data(rows)
     # By NumPy, for which nothing is compiled.
-    rows = np.asarray(rows)
-    first = rows[:1]
-    return bool(((rows == first) | ((rows != rows) & (first != first))).all())
+    values = np.asarray(rows)
+    first = values[:1]
+    return bool(((values == first) | ((values != values) & (first != first))).all())

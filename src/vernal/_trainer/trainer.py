@@ -45,7 +45,7 @@ from .._inference import (
     whitened,
 )
 from .._loop import StepInfo, run_step
-from .._optimiser import as_transform, learning_rates
+from .._optimiser import ParamOptimiser, as_transform, learning_rates
 from .._policy import NanCount, NanPolicy, StopCriterion, StopFit
 from .._profile import Options as ProfileOptions, Profile, intervals, profile
 from .._projection import EigenProjector
@@ -199,7 +199,8 @@ class Trainer(AbstractTrainer[Model, Batch]):
         projector, nan_policy, state = narrowed_tree((projector, nan_policy, state))
         self.nan_policy = nan_policy
         self.key = key
-        self.optimiser = (
+        # Declared as in the base: else type checkers find types of their own.
+        self.optimiser: ParamOptimiser | Any = (
             None if optimiser is None else as_transform(optimiser, "optimiser")
         )
         tied = as_ties(ties, model)
@@ -219,6 +220,7 @@ class Trainer(AbstractTrainer[Model, Batch]):
         refuse_own_projector(projector, self._bijections)
         if self._bijections is not None:
             free = self._bijections.required(params)
+        self.projector: EigenProjector | Any
         self.projector, latent = fit_projector(
             projector, params, self.optimiser, constrained=is_constrained(self)
         )
