@@ -263,6 +263,41 @@ def test_a_stream_with_a_part_for_each():
     require_alone(result, fits)
 
 
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize(("data_axis", "lost"), [((None, 0), [2]), (None, [0, 1, 2])])
+def test_one_that_is_lost_early_in_a_stream(data_axis, lost, chunk):
+    """Its batch is gone by the end; what the others have is not."""
+    x, y = curves()
+
+    def batches(lost=(), last=20):
+        for step in range(last):
+            rows = y.at[jnp.asarray(lost, int), 4].set(jnp.nan) if step == 3 else y
+            yield x, rows if data_axis else rows[2]
+
+    trainers = [LineFit(line(slope), ADAM) for slope in SLOPES[:3]]
+    options = {"data_axis": data_axis, "chunk": chunk}
+    with pytest.warns(UserWarning, match="not finite") as caught:
+        result = many(trainers, vn.Stream(batches([2])), **options)
+    [said] = map(str, (warning.message for warning in caught))
+    is_bad = vn.StopReason.NON_FINITE
+    assert [i for i, r in enumerate(result.stop_reasons) if r is is_bad] == lost
+    assert np.asarray(result.trainers.step_count).tolist() == [
+        4 if i in lost else 20 for i in range(3)
+    ]
+    if data_axis is None:  # the stream ended with all of them
+        assert "`batch[1]` has 1 NaN, at [4]." in said
+        return
+    assert "At step 3 a value was not finite. The batch of that step is no" in said
+    assert "are finite" not in said
+    whole = many(trainers, vn.Stream(batches()), **options)
+    for index in (0, 1):
+        assert same(result.trainer(index).params, whole.trainer(index).params)
+    asked = [trainer.replace(nan_policy=vn.RaiseOnNan()) for trainer in trainers]
+    with pytest.raises(vn.NonFiniteError, match="At step 3 a value") as error:
+        many(asked, vn.Stream(batches([2])), **options)
+    assert error.value.result.stop_reasons == result.stop_reasons
+
+
 # Each ends by itself.
 
 

@@ -1,5 +1,6 @@
 """Values that are not finite are traced to the data, the parameters or the model."""
 
+import contextlib
 import re
 import warnings
 from typing import Any
@@ -499,7 +500,7 @@ def test_what_no_step_has_moved_is_named():
     bad = np.where(np.arange(50) == 5, np.nan, x)
     start = {"slope": jnp.array(1.0), "offset": jnp.array(0.0)}
     zeroed = lambda: Zeroed(start, optax.adam(0.1), nan_policy=vn.ZeroNans())
-    said = r"not finite at any of the steps \(40{}\).*: {}\. .*batch\[0\].* \[5\]"
+    said = r"not finite at 40 of the 40 steps{}, .*: {}\. .*batch\[0\].* \[5\]"
     with pytest.warns(UserWarning, match="`fit`.*" + said.format("", "slope")):
         result = zeroed().fit((bad, y), 40)
     assert result.model["slope"] == 1
@@ -509,7 +510,7 @@ def test_what_no_step_has_moved_is_named():
         vn.fit_many([zeroed(), zeroed()], both, 40, data_axis=0)
     # The loss may be what is never finite, and a bad step alone is nothing to say.
     spoilt = np.where(np.arange(50) == 5, np.nan, y)
-    with pytest.warns(UserWarning, match="took them: loss, offset, slope"):
+    with pytest.warns(UserWarning, match="went on: loss, offset, slope"):
         result = zeroed().fit((x, spoilt), 3)
     assert result.stop_reason is vn.StopReason.STEPS_TAKEN
 
@@ -521,10 +522,56 @@ def test_a_member_that_stops_early_is_named_too():
     make = lambda rate: Zeroed(start, optax.sgd(rate), nan_policy=vn.ZeroNans())
     data = np.stack([x, bad]), np.stack([y, y])
     stop = vn.Converged(rtol=1e-3, patience=2)
-    with pytest.warns(UserWarning, match=r"`fit_many`.*of member 1\).*: slope"):
+    with pytest.warns(UserWarning, match=r"`fit_many`.*of member 1, .*: slope"):
         many = vn.fit_many([make(1e-5), make(1e-2)], data, 500, data_axis=0, stop=stop)
     counts = many.trainers.step_count
     assert counts[1] < counts[0]
+
+
+class Spoilt(vn.Trainer):
+    """The loss is NaN at some steps."""
+
+    at: Any = eqx.field(static=True)
+
+    def __init__(self, at, policy, start=3.0):
+        super().__init__({"a": jnp.array(start)}, optax.sgd(0.1), nan_policy=policy)
+        self.at = at
+
+    def loss(self, model, batch):
+        spoilt = jnp.where(self.at(self.step_count), NAN, 1.0)
+        return spoilt * jnp.square(model["a"] - batch)
+
+
+STUCK = {
+    "since the third step": (
+        lambda at: at >= 2,
+        50,
+        "48 of the 50 steps, the last ones,",
+    ),
+    "at the end": (lambda at: at >= 30, 50, "20 of the 50 steps, the last ones,"),
+    "at most steps": (lambda at: at % 3 > 0, 50, "33 of the 50 steps,"),
+    "at the last step": (lambda at: at == 49, 50, None),
+    "at every other step": (lambda at: at % 2 == 1, 50, None),
+    "at one of two": (lambda at: at == 1, 2, None),
+}
+
+
+@pytest.mark.parametrize("policy", [vn.SkipStep(), vn.ZeroNans() | vn.StopAfter(60)])
+@pytest.mark.parametrize("name", STUCK)
+def test_a_fit_that_is_stuck_says_so(name, policy):
+    at, steps, said = STUCK[name]
+    expected = (
+        pytest.warns(UserWarning, match=f"`fit`: not finite at {said} though.*: loss")
+        if said
+        else contextlib.nullcontext()
+    )
+    with expected:
+        result = Spoilt(at, policy).fit(1.0, steps)
+    assert result.stop_reason is vn.StopReason.STEPS_TAKEN
+    if said:
+        trainers = [Spoilt(at, policy, start) for start in (3.0, 4.0)]
+        with pytest.warns(UserWarning, match="steps of member 0, .*RaiseOnNan"):
+            vn.fit_many(trainers, 1.0, steps)
 
 
 @pytest.mark.filterwarnings("error")

@@ -8,7 +8,7 @@ import numpy as np
 from .._boundary import is_debugged, warn
 from .._data import Whole, in_whole
 from .._minimum import has_minimum
-from .._policy import Converged, StopReason
+from .._policy import AT_NON_FINITE, Converged, StopReason
 from .._step import (
     Diagnosis,
     bad_data,
@@ -19,6 +19,20 @@ from .._step import (
 )
 from .run import FitRun
 from .subject import BadEnd
+
+_LET_GO = (
+    "At step {} a value was not finite. The batch of that step is no longer held, "
+    "since the stream went on for the others: look for NaN in what it yields there, or "
+    "`fit` this one alone."
+)
+
+# So many bad steps up to the end tell that the fit went no further.
+_MANY_IN_A_ROW = 10
+
+_HOW_TO_END = (
+    "`nan_policy=vn.SkipStep() | vn.StopAfter(10)` ends such a fit early, and "
+    "`vn.RaiseOnNan()` names the source."
+)
 
 
 def remark(run: FitRun, result: Any) -> list[int]:
@@ -40,7 +54,9 @@ def remark(run: FitRun, result: Any) -> list[int]:
             _warn_of_scores(run, history.validation)
     if StopReason.CONVERGED in subject.reasons(result):
         _warn_of_no_check(run)
-    seen = {subject.entrance: (history.loss, run.source_at(None))}
+    seen = {}
+    if (last := run.source_at(None)) is not None:
+        seen[subject.entrance] = history.loss, last
     if validation is not None:
         seen["validation"] = history.validation, Whole(validation.batch)
     lacking = []
@@ -62,7 +78,10 @@ def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:
     """
     index, trainer = end.index, end.trainer
     step = last_bad_step(trainer)
-    batch = run.subject.seen(run.source_at(step), index)
+    if (source := run.source_at(step)) is None:
+        # Others of many went on, and the stream with them.
+        return Diagnosis((), (_LET_GO.format(step),))
+    batch = run.subject.seen(source, index)
     with run.subject.place.context():
         is_asked = trainer.nan_policy.raises or is_debugged()
         if is_asked or not run.has_accepted[index]:
@@ -72,26 +91,34 @@ def _diagnosis(run: FitRun, end: BadEnd) -> Diagnosis:
 
 
 def _warn_of_bad_steps(run: FitRun, result: Any) -> None:
-    """Warns of what was bad at every step, though steps were accepted."""
-    steps = run.steps_of_each
-    is_bad = run.bad_steps >= np.maximum(steps, 1)[..., None]
-    found = np.argwhere(is_bad & np.expand_dims(run.has_accepted, -1))
-    if not found.size:
+    """Warns of what was bad at most steps, or at all of many last ones.
+
+    Of the trainers that ended at a bad step another warning tells.
+    """
+    reasons = run.subject.reasons(result)
+    goes_on = np.reshape([r not in AT_NON_FINITE for r in reasons], run.subject.shape)
+    bad, steps = run.bad_steps, run.steps_of_each
+    in_a_row = np.where(run.is_stuck, bad, 0)
+    is_bad = (2 * bad > steps[..., None]) | (in_a_row >= _MANY_IN_A_ROW)
+    is_bad &= np.expand_dims(run.has_accepted & goes_on, -1)
+    if not is_bad.any():
         return
-    *member, _ = map(int, found[0])
+    *member, _ = map(int, np.argwhere(is_bad)[0])
     index = member[0] if member else ()
     trainer = run.subject.picked(result, index)
     names = np.asarray(nan_columns(trainer))[is_bad[index]]
-    batch = run.subject.seen(run.source_at(last_bad_step(trainer)), index)
-    with run.subject.place.context():
-        data = bad_data(batch)
+    data, source = (), run.source_at(last_bad_step(trainer))
+    if source is not None:
+        with run.subject.place.context():
+            data = bad_data(run.subject.seen(source, index))
     of_member = f" of member {index}" if member else ""
+    count, of_all = int(bad[index].max()), int(steps[index])
+    lasts = ", the last ones" if in_a_row[index].max() == count < of_all else ""
     said = (
-        f"`{run.subject.entrance}`: not finite at any of the steps "
-        f"({int(steps[index])}{of_member}), though the NaN policy took them: "
-        f"{', '.join(names)}."
+        f"`{run.subject.entrance}`: not finite at {count} of the {of_all} "
+        f"steps{of_member}{lasts}, though the NaN policy went on: {', '.join(names)}."
     )
-    warn(" ".join([said, *data]))
+    warn(" ".join([said, *(data or (_HOW_TO_END,))]))
 
 
 def _warn_of_scores(run: FitRun, scores: np.ndarray) -> None:

@@ -392,19 +392,31 @@ class FitRun:
         return bad[..., 0, :]
 
     @property
+    def is_stuck(self) -> np.ndarray:
+        """Whether every step since the first bad one was bad, like `bad_steps`."""
+        progress = progress_of(self.trainer)
+        now = progress.nan_counts, progress.step_count
+        counts, steps = map(self.subject.on_host, now)
+        totals, firsts, _ = np.moveaxis(counts, -2, 0)
+        return (totals > 0) & (firsts + totals == steps[..., None])
+
+    @property
     def steps_of_each(self) -> np.ndarray:
         """How many steps each member has taken."""
         now = self.subject.on_host(progress_of(self.trainer).step_count)
         return np.asarray(now - self._first_steps)
 
-    def source_at(self, step: int | None) -> Whole[Any] | Minibatches:
-        """Returns where the batch of a step comes from; `None` is the last one."""
+    def source_at(self, step: int | None) -> Whole[Any] | Minibatches | None:
+        """Returns where the batch of a step comes from; `None` is the last one.
+
+        Of a stream only the last two are held: for another step returns `None`.
+        """
         if not isinstance(self.source, Stream):
             return self.source
         for at, source in reversed(self._last):
             if step in (None, at):
                 return source
-        return Whole(None)
+        return None
 
     def _stop_reasons(self, reason: StopReason) -> Iterator[StopReason]:
         """Yields why the fit of each trainer ended: by default for `reason`."""
