@@ -9,6 +9,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
+from models import Pull
 
 X = np.linspace(-5, 5, 40)
 
@@ -278,6 +279,23 @@ def test_what_cannot_be_recorded_or_followed_is_said():
     model = {"a": jnp.array(1j), "b": jnp.array(1.0)}
     with pytest.raises(TypeError, match="'b' is real"):
         PeakFit(model, ties={"b": "a"})
+
+
+RULES = {
+    "for both": {("b", "a"): optax.sgd(0.1)},
+    "for all": {"*": optax.sgd(0.1)},
+    "that freezes": {"a": optax.sgd(0.1), "b": None},
+    "by default": {"a": optax.sgd(0.1)},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_may_be_for_what_is_tied_and_more(name):
+    model = {"a": jnp.array(1.0), "b": jnp.array(2.0)}
+    optimiser = vn.ParamOptimiser(RULES[name], default=optax.sgd(1.0))
+    trainer = Pull(model, optimiser, ties={"b": "a"}).replace(optimiser=optimiser)
+    now, _ = trainer.step(0.0)
+    assert float(now.model["a"]) == float(now.model["b"]) < 1
 
 
 BAD = {

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.own_words
 BATCH = line_batch()
 SGD = optax.sgd(0.1)
 KEY = jax.random.key(0)
+RULES = vn.ParamOptimiser({"slope": SGD, "offset": SGD})
 
 
 def trainer(cls=LineFit, optimiser=SGD, **options):
@@ -255,6 +257,33 @@ TABLE = {
         lambda: trainer(type("Empty", (vn.Trainer,), {"loss": None})),
         TypeError,
         "`Empty`.*`loss`",
+    ),
+    "a loss that is a property": (
+        lambda: trainer(type("Odd", (LineFit,), {"loss": property(lambda self: 3)})),
+        TypeError,
+        r"`Odd\.loss` is not a method.*`def loss\(self, model, batch\): ",
+    ),
+    "an nll that is a field": (
+        lambda: trainer(
+            type("Odd", (LineFit,), {"__annotations__": {"nll": Any}, "nll": 1.0})
+        ),
+        TypeError,
+        r"`Odd\.nll` is not a method.*another name",
+    ),
+    "nothing but empty arrays": (
+        lambda: LineFit({"slope": jnp.zeros((0, 2))}, SGD),
+        ValueError,
+        "`model` has nothing to train but empty arrays",
+    ),
+    "a rule for what is tied": (
+        lambda: LineFit(line(), RULES, ties={"offset": "slope"}),
+        ValueError,
+        "`optimiser` has a rule for 'offset' that moves nothing: it is tied to slope",
+    ),
+    "a rule in `replace` for what is tied": (
+        lambda: LineFit(line(), SGD, ties={"offset": "slope"}).replace(optimiser=RULES),
+        ValueError,
+        "`optimiser` has a rule for 'offset' that moves nothing: it is tied to slope",
     ),
     "no optimiser to fit": (
         lambda: trainer(optimiser=None).fit(BATCH, 3),

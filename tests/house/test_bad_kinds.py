@@ -1,5 +1,6 @@
 """Kinds of bad input, each at every door that it may come through."""
 
+import array
 import dataclasses
 import functools
 from collections import UserDict
@@ -512,6 +513,14 @@ TABLE = {
     "a range": (
         lambda: fit(data=(range(80), Y)),
         r"`data\[0\]` is a range of 80 numbers",
+    ),
+    "a view of memory": (
+        lambda: fit(data=(memoryview(bytes(9)), Y)),
+        r"`data\[0\]` is of type `memoryview`.*`np\.asarray",
+    ),
+    "Python's own array": (
+        lambda: made().solve(SOLVER, {"x": array.array("d", [1.0] * 9), "y": Y}),
+        r"`batch\['x'\]` is of type `array`.*`np\.asarray",
     ),
     "a list of examples": (
         lambda: vn.Minibatches(([1.0] * 9, X), 2, key=KEY),

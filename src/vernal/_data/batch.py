@@ -1,5 +1,6 @@
 """One batch: its leaves turned into arrays, or refused where that would lose sense."""
 
+import array
 import contextlib
 import dataclasses
 import enum
@@ -106,6 +107,11 @@ def _as_datum(leaf: Any, argument: str, keys: tuple[Any, ...], batch: Any) -> An
         raise TypeError(
             f"{where} is a {type(leaf).__name__}, which JAX does not look into. Give a "
             f"dictionary: `dict({where.strip('`')})`."
+        )
+    if isinstance(leaf, memoryview | bytearray | array.array):
+        raise TypeError(
+            f"{where} is of type `{type(leaf).__name__}`, whose numbers JAX does not "
+            "see. Give an array: `np.asarray(...)`."
         )
     is_loader = isinstance(leaf, Iterable) and not hasattr(leaf, "shape")
     if is_loader and not isinstance(leaf, str | bytes):

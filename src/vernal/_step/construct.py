@@ -64,14 +64,21 @@ _OF_POLICY = {"init": ("params",), "apply": ("loss", "grads", "state")}
 
 def check_class(trainer: AbstractTrainer, key: Any, state: PyTree, priors: Any) -> None:
     """Checks that a trainer's class says what is fitted, and can be called for it."""
-    methods = defined(trainer)
+    methods, kind = defined(trainer), type(trainer)
+    for name in METHODS:
+        is_other = getattr(kind, name, None) is not None  # which drops a method
+        if name not in methods and (is_other or name in kind.__dataclass_fields__):
+            raise TypeError(
+                f"`{kind.__name__}.{name}` is not a method. Define it, as `def {name}"
+                "(self, model, batch): ...`, or give another name to what else it is."
+            )
     if not methods:
         raise TypeError(
-            f"`{type(trainer).__name__}` defines none of "
+            f"`{kind.__name__}` defines none of "
             f"{', '.join(f'`{name}`' for name in METHODS)}. Subclass `Trainer` and "
             "say what is fitted: `def residuals(self, model, batch): ...`."
         )
-    _warn_of_differences(type(trainer), methods)
+    _warn_of_differences(kind, methods)
     keyed = () if key is None else ("key=",)
     stateful = () if state is None else ("state=",)
     called: dict[str, tuple[str, ...]] = {
@@ -242,7 +249,10 @@ def find_trained(
     ties: Ties | None,
 ) -> tuple[int | None, ...]:
     """Finds which leaves of the model are trained: a tied one never is."""
-    ruled = optimiser.owners(model) if isinstance(optimiser, ParamOptimiser) else None
+    ruled = None
+    if isinstance(optimiser, ParamOptimiser):
+        ruled = optimiser.owners(model)
+        refuse_rules_of_tied(optimiser, ruled, model, ties)
     if train is not None:
         owners = resolve(model, [train], argument="train")
     elif ruled is not None:
@@ -271,7 +281,30 @@ def find_trained(
                 + _of_opaque(model)
             )
         )
+    leaves = zip(owners, jax.tree.leaves(model), strict=True)
+    if not any(owner is not None and np.size(leaf) for owner, leaf in leaves):
+        raise ValueError("`model` has nothing to train but empty arrays.")
     return tuple(owners)
+
+
+def refuse_rules_of_tied(
+    optimiser: ParamOptimiser,
+    owners: Sequence[int | None],
+    model: Any,
+    ties: Ties | None,
+) -> None:
+    """Refuses a rule that would move nothing, since what it owns follows others."""
+    if ties is None:
+        return
+    followers, rules = set(ties.indices), range(len(optimiser.transforms))
+    others = {owner for i, owner in enumerate(owners) if i not in followers}
+    for index in ties.indices:
+        if owners[index] in rules and owners[index] not in others:
+            path = paths(model)[index]
+            raise ValueError(
+                f"`optimiser` has a rule for {path!r} that moves nothing: it is "
+                f"{ties.words[path]}. Give the rule to what it follows."
+            )
 
 
 def _of_opaque(model: PyTree) -> str:

@@ -39,6 +39,7 @@ from .construct import (
     fit_projector,
     initial_opt_state,
     refuse_names_in_latent_space,
+    refuse_rules_of_tied,
 )
 from .model_template import ModelTemplate
 from .opt_state import carried_over
@@ -128,6 +129,7 @@ def _check_rules(
         return
     model, parts, old = trainer.model, template_of(trainer), trainer.optimiser
     owners = optimiser.owners(model)
+    refuse_rules_of_tied(optimiser, owners, model, parts.ties)
     if not isinstance(old, ParamOptimiser):
         return
     # Where the old rules own a leaf, it was left out by `train`, and is again.

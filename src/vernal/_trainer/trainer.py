@@ -183,14 +183,15 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Raises:**
 
-        - `TypeError`: if the class defines none of `loss`, `residuals`, `nll`, or has
+        - `TypeError`: if the class has no method `loss`, `residuals` or `nll`, or has
             a field of the name of a property, field or method of every trainer; or if
             an argument is of the wrong kind.
         - `UnknownPathError`: if a selector matches nothing.
         - `ValueError`: if there is nothing to train; if the projector does not fit; if
             bounds are the wrong way round, or the start is outside of them, or is not
             what a bijection can return; if ties go round in a circle; or if a tied
-            parameter has a bound, or a Python float that is not fitted has one.
+            parameter has a bound or a rule of its own, or a Python float that is not
+            fitted has a bound.
         """
         check_arguments(nan_policy, projector, key)
         refuse_taken(type(self), Trainer)
