@@ -621,8 +621,26 @@ def test_a_validation_without_a_finite_score_is_told_of(many):
     fit = vn.fit_many if many else Residuals.fit
     trainer = [made(), made()] if many else made()
     validation = (X, Y * np.nan), 1
-    with pytest.warns(UserWarning, match="`validation`: no score was finite"):
+    of_member, count = " of member 0" if many else "", len(Y)
+    said = (
+        rf"`validation`: no score{of_member} was .*`validation\[1\]` has {count} NaNs"
+    )
+    with pytest.warns(UserWarning, match=said):
         fit(trainer, BATCH, 2, validation=validation, progress=False)
+
+
+def test_the_member_whose_validation_has_no_finite_score_is_named():
+    rows = np.stack([Y, np.where(np.arange(len(Y)) == 2, np.nan, Y)])
+    validation = (X, rows), 1
+    said = r"no score of member 1 was finite.*`validation\[1\]` has 1 NaN, at \[2\]"
+    with pytest.warns(UserWarning, match=said):
+        vn.fit_many(
+            [made(), made()],
+            (X, np.stack([Y, Y])),
+            2,
+            data_axis=(None, 0),
+            validation=validation,
+        )
 
 
 @pytest.mark.parametrize("numbers", [(0.5,) * 8, tuple(range(24))])

@@ -51,7 +51,7 @@ def remark(run: FitRun, result: Any) -> list[int]:
     if end is None or not end.is_all:
         _warn_of_bad_steps(run, result)
         if run.taken and validation is not None:
-            _warn_of_scores(run, history.validation)
+            _warn_of_scores(run, result, validation.batch)
     if StopReason.CONVERGED in subject.reasons(result):
         _warn_of_no_check(run)
     seen = {}
@@ -95,12 +95,10 @@ def _warn_of_bad_steps(run: FitRun, result: Any) -> None:
 
     Of the trainers that ended at a bad step another warning tells.
     """
-    reasons = run.subject.reasons(result)
-    goes_on = np.reshape([r not in AT_NON_FINITE for r in reasons], run.subject.shape)
     bad, steps = run.bad_steps, run.steps_of_each
     in_a_row = np.where(run.is_stuck, bad, 0)
     is_bad = (2 * bad > steps[..., None]) | (in_a_row >= _MANY_IN_A_ROW)
-    is_bad &= np.expand_dims(run.has_accepted & goes_on, -1)
+    is_bad &= np.expand_dims(run.has_accepted & _goes_on(run, result), -1)
     if not is_bad.any():
         return
     *member, _ = map(int, np.argwhere(is_bad)[0])
@@ -121,20 +119,36 @@ def _warn_of_bad_steps(run: FitRun, result: Any) -> None:
     warn(" ".join([said, *(data or (_HOW_TO_END,))]))
 
 
-def _warn_of_scores(run: FitRun, scores: np.ndarray) -> None:
+def _goes_on(run: FitRun, result: Any) -> np.ndarray:
+    """Whether the fit of each trainer ended elsewhere than at a bad step."""
+    reasons = run.subject.reasons(result)
+    return np.reshape([r not in AT_NON_FINITE for r in reasons], run.subject.shape)
+
+
+def _warn_of_scores(run: FitRun, result: Any, batch: Any) -> None:
     """Warns if no score of a validation could choose the best."""
-    best_losses = run.subject.on_host(run.trainer.best_loss)
-    if not scores.size and not np.isfinite(best_losses).any():
-        warn(
-            f"`validation`: it was not due within the {run.taken} steps of this "
-            "fit, so that `best` is the model that the fit began with. Take more "
-            "steps, or validate more often: `validation=(batch, every)`."
-        )
-    elif scores.size and not np.isfinite(scores).any():
-        warn(
-            "`validation`: no score was finite, so that `best` is no better than the "
-            "model that the fit began with. Check the batch, and `evaluate`."
-        )
+    subject, scores = run.subject, result.history.validation
+    if not scores.size:
+        if not np.isfinite(subject.on_host(run.trainer.best_loss)).any():
+            warn(
+                f"`validation`: it was not due within the {run.taken} steps of this "
+                "fit, so that `best` is the model that the fit began with. Take more "
+                "steps, or validate more often: `validation=(batch, every)`."
+            )
+        return
+    bad = np.argwhere(~np.isfinite(scores).any(axis=0) & _goes_on(run, result))
+    if not len(bad):
+        return
+    index = int(bad[0][0]) if subject.shape else ()
+    of_member = f" of member {index}" if subject.shape else ""
+    with subject.place.context():
+        batch = subject.seen(Whole(batch), index)
+        data = bad_data(batch, "validation") or ("Check the batch, and `evaluate`.",)
+    said = (
+        f"`validation`: no score{of_member} was finite, so that `best` is no better "
+        "than the model that the fit began with."
+    )
+    warn(" ".join([said, *data]))
 
 
 def _warn_of_no_check(run: FitRun) -> None:

@@ -232,15 +232,16 @@ def _sizes(
     return largest(residuals), largest(moves)
 
 
-def bad_data(batch: Any) -> tuple[str, ...]:
+def bad_data(batch: Any, argument: str = "batch") -> tuple[str, ...]:
     """Says of each leaf of a batch how many of its numbers are not finite, and where.
 
-    In [`vernal.Minibatches`][] it looks at all the examples.
+    In [`vernal.Minibatches`][] it looks at all the examples. The leaves are named as
+    those of the user's `argument`.
     """
     is_whole = isinstance(batch, Minibatches)
     tree = batch.arrays if is_whole else as_batch(batch)
     of_all = " of all the examples" if is_whole else ""
-    bad = _bad_leaves(spelled_leaves("batch", tree))
+    bad = _bad_leaves(spelled_leaves(argument, tree))
     return _abridged([f"{where} {what}{of_all}." for where, what in bad])
 
 
