@@ -194,7 +194,9 @@ def test_a_trainer_that_has_steps_behind_it(tmp_path):
 
 def test_fewer_steps_than_were_taken(tmp_path):
     done = fit(50, tmp_path)
-    again = fit(20, tmp_path)
+    said = "there are 50 steps of this fit, and it asks for 20: the result is that of"
+    with pytest.warns(UserWarning, match=said):
+        again = fit(20, tmp_path)
     assert again.stop_reason is vn.StopReason.TAKEN_BEFORE
     assert same_results(again, done)
 

@@ -58,7 +58,8 @@ def fit(
             checkpointer = None
             if options.checkpoint is not None:
                 _check_resumable(source)
-                identity = monitor.fingerprint, origin(trainer, source)
+                scored = monitor.validation and monitor.validation.batch
+                identity = monitor.fingerprint, origin(trainer, source, scored)
                 checkpointer = stack.enter_context(
                     open_checkpointer(options.checkpoint, *identity, peers)
                 )

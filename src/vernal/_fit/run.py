@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._boundary import debugged
+from .._boundary import debugged, warn
 from .._data import Minibatches, Source, Stream, Whole, in_whole
 from .._devices import Peers, fingerprint, leaf_fingerprints
 from .._loop import (
@@ -166,9 +166,16 @@ class FitRun:
         if history is None:
             return trainer, placed
         self.is_resumed = True
+        taken = subject.count(restored) - first
+        if taken > self._steps and self.peers.is_first:
+            warn(
+                f"`checkpoint`: there are {taken} steps of this fit, and it asks for "
+                f"{self._steps}: the result is that of all of them. Give a fit of its "
+                "own another directory."
+            )
         self._recorder.extend(history)
         self._monitor_state = subject.placed_state(monitor_state)
-        restored = self._begun(restored, subject.count(restored) - first)
+        restored = self._begun(restored, taken)
         projector = subject.place.home(restored.projector)
         trainer = with_progress(known, progress_of(restored), projector=projector)
         placed = subject.placed(restored)

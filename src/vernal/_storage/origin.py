@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .._closure import plain_statics
 from .._data import Minibatches, Source, Whole
@@ -19,13 +21,19 @@ from .._step import (
     priors_of,
     template_of,
 )
-from .._tree import is_part, leaf_sums, row_sums, to_arrays
+from .._tree import by_path, is_part, leaf_sums, row_sums, to_arrays
 
 _STATIC = "static"
 """The kind of a static field, among those of arrays."""
 
 # A header with more checksums could be longer than that of a file may be.
 _MOST_BYTES = 2**19
+
+# Of each parameter so many means say where a fit begins.
+_PIECES = 8
+
+# By so much of its size a start may differ: machines round what they compute.
+_ROUNDED = 1e-4
 
 _SAID = {
     "model": "with another value of {!r}, which is not trained",
@@ -35,8 +43,13 @@ _SAID = {
 }
 
 
-def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
-    """Returns checksums of all that a fit is of beside its parameters, for JSON."""
+def origin(
+    trainer: AbstractTrainer, source: Source, validation: Any = None
+) -> dict[str, Any]:
+    """Returns checksums of all that a fit is of, and a sketch of its start, for JSON.
+
+    `validation` is the batch of the validation, if there is one.
+    """
     (methods, hooks), data, order = digests(trainer), None, None
     model, fields = template_of(trainer).untrained, own_fields(trainer)
     if isinstance(source, Minibatches):
@@ -57,7 +70,31 @@ def origin(trainer: AbstractTrainer, source: Source) -> dict[str, Any]:
         "field_statics": sums_of_statics(fields),
         "data": data,
         "order": order,
+        "validation": None if validation is None else sums(validation),
+        "key": sums(trainer.key),
+        "step": int(np.max(jax.device_get(trainer.step_count))),
+        "start": _sketches(trainer.params),
     }
+
+
+def _sketches(params: Any) -> dict[str, list[float]]:
+    """Returns what is told of the start of each parameter, by path."""
+    named = by_path(params).items()
+    found = {path: _sketch(array) for path, array in named if not is_part(array)}
+    return {path: sketch for path, sketch in found.items() if np.isfinite(sketch).all()}
+
+
+def _sketch(array: Any) -> list[float]:
+    """Returns how far others may be apart, the root mean square, and some means."""
+    numbers = np.asarray(array).ravel()
+    if np.iscomplexobj(numbers):
+        numbers = np.concatenate([np.real(numbers), np.imag(numbers)])
+    pieces = np.array_split(numbers, min(_PIECES, max(numbers.size, 1)))
+    pieces = [piece.astype(np.float64) for piece in pieces]
+    squares = sum(float(piece @ piece) for piece in pieces)
+    size = (squares / max(numbers.size, 1)) ** 0.5
+    apart = size * max(_ROUNDED, 16 * float(jnp.finfo(numbers.dtype).eps))
+    return [apart, size, *(float(p.sum() / max(p.size, 1)) for p in pieces)]
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:
@@ -107,6 +144,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]
     # Nor do those of earlier versions say.
     if (path := _other(old.get("order"), new["order"])) is not None:
         yield f"with another `{path}` of `Minibatches`"
+    if (path := _other(old.get("validation"), new["validation"])) is not None:
+        yield "scored on other data (`validation` differs" + (
+            f" at {path!r})" if path else ")"
+        )
+    if _other(old.get("key"), new["key"]) is not None:
+        yield "with another `key`"
+    if old.get("step") == new["step"] and (path := _moved(old["start"], new["start"])):
+        yield f"from another start ({path!r} of the model differs)"
+
+
+def _moved(before: Mapping[str, list[float]], now: Mapping[str, list[float]]) -> str:
+    """Finds the path of a parameter that starts elsewhere."""
+    for path in filter(before.__contains__, now):
+        (one, *old), (other, *new) = before[path], now[path]
+        is_alike = len(old) == len(new)  # else an error tells of the shapes
+        if is_alike and np.abs(np.subtract(old, new)).max() > max(one, other):
+            return path
+    return ""
 
 
 def _other(before: Any, now: Any) -> str | None:
