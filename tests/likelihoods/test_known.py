@@ -170,6 +170,19 @@ def test_counts_that_are_data_are_taken(way):
     OfCounts(way).fit(DATA, 3)
 
 
+def test_a_score_after_a_fit_has_a_derivative_by_the_data():
+    def scored(n, own):
+        batch = DATA[0], n, DATA[2]
+        after, _ = vn.unroll(OfCounts("floats"), batch, 3)
+        if own:
+            return after.residuals(after.model, batch).nll()
+        return after.evaluate(after.model, batch)
+
+    n = 3 + DATA[1]
+    by_hand, found = (jax.grad(scored)(n, own) for own in (True, False))
+    assert jnp.allclose(found, by_hand, rtol=1e-6)
+
+
 def test_a_scatter_by_its_likelihood():
     """As the documentation says: its maximum is that of the formula."""
 
