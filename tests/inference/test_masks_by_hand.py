@@ -116,8 +116,8 @@ def test_a_report_has_a_note_of_a_mask_by_hand():
             assert not is_said or re.search(told, report.note)
             assert str(report).endswith(f"\n\n{report.note}") is is_said
             assert report.to_dict()["note"] == report.note
-        # All of its data are there.
-        assert result.report(1, data).note is None
+        # All of its data are there, and scatter too little.
+        assert "exactly zero" not in result.report(1, data).note
         # Its errors are right, and it has no p-value.
         assert "zero" not in solved(kind).table(BATCH)
     assert solved(ByHand).report(BATCH, data_count=10).note is None

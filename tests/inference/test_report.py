@@ -22,6 +22,7 @@ import scipy.stats
 import vernal as vn
 from models import Gaussian, GaussianFit, line
 from nist import CURVES, DATA
+from vernal.likelihoods import Poisson, Robust
 
 LM = optx.LevenbergMarquardt(rtol=1e-10, atol=1e-10)
 X = jnp.linspace(-5.0, 5.0, 60)
@@ -605,3 +606,85 @@ def test_squares_that_overflow_are_infinite_without_a_warning_of_numpy():
     assert "not at a minimum" in trainer.table(batch)
     many = vn.fit_many([trainer] * 2, batch, 1, solver=LM)
     assert np.isinf(many.to_dict(batch)["chi_squared"]).all()
+
+
+# P-values that no right model has, with right error bars
+
+LINE = jnp.linspace(0.0, 1.0, 200)
+OF_LINE = (
+    1.0 + 2.0 * LINE + 0.1 * jnp.asarray(np.random.default_rng(3).normal(size=200))
+)
+
+
+class LineFit(vn.Trainer):
+    """Data whose error bars are 0.1; or counts, with an expected number of 20."""
+
+    way: str
+
+    def __init__(self, way, slope=2.0):
+        self.way = way
+        super().__init__({"at_zero": jnp.array(1.0), "slope": jnp.array(slope)})
+
+    def residuals(self, model, batch):
+        line = model["at_zero"] + model["slope"] * LINE
+        return REPORTED[self.way][0](line, batch)
+
+
+def counts_of(factor):
+    """Counts that scatter so many times as those of Poisson do."""
+    normal = np.random.default_rng(5).normal(size=200)
+    rate = 10 + 20 * np.asarray(LINE)
+    return jnp.asarray(np.round(np.fmax(rate + factor * np.sqrt(rate) * normal, 0)))
+
+
+# By name: the residuals, the data, options of the report, what the note says if any.
+REPORTED = {
+    "right": (lambda line, y: (line - y) / 0.1, OF_LINE, {}, None),
+    "few sigma off": (lambda line, y: (line - y) / 0.09, OF_LINE, {}, None),
+    "small error bars": (
+        *(lambda line, y: (line - y) / 0.01, OF_LINE, {}),
+        r"p-value below 1e-06: the model does not describe the data, or their error",
+    ),
+    "large error bars": (
+        *(lambda line, y: (line - y) / 0.5, OF_LINE, {}),
+        r"p-value above 1 - 1e-06: .*their error bars say.*scale_errors=True",
+    ),
+    "none": (lambda line, y: line - y, OF_LINE, {}, r"none were given"),
+    "of the scatter": (lambda line, y: line - y, OF_LINE, {"scale_errors": True}, None),
+    "sandwich": (
+        *(lambda line, y: (line - y) / 0.01, OF_LINE, {"kind": "sandwich"}, None),
+    ),
+    "robust": (lambda line, y: Robust((line - y) / 0.01), OF_LINE, {}, None),
+    "forecast": (lambda line, y: line - y, 1.0 + 2.0 * LINE, {}, None),
+    "counts": (lambda line, n: Poisson(10 * line, n), counts_of(1.0), {}, None),
+    "counts that scatter": (
+        *(lambda line, n: Poisson(10 * line, n), counts_of(3.0), {}),
+        r"does not describe the counts, or these scatter more than those of Poisson",
+    ),
+    "smooth counts": (
+        *(lambda line, n: Poisson(10 * line, n), counts_of(0.3), {}),
+        r"scatter less than counts of Poisson do",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", REPORTED)
+def test_a_note_says_what_an_impossible_p_value_means(way):
+    _, batch, options, said = REPORTED[way]
+    trainer = LineFit(way)
+    if way != "forecast":
+        solver = optx.BFGS(1e-8, 1e-8) if way == "robust" else LM
+        trainer = trainer.solve(solver, batch).trainer
+    note = trainer.report(batch, **options).note
+    if said is None:
+        assert note is None
+    else:
+        assert note is not None
+        assert re.search(said, note)
+    assert "p-value" not in trainer.table(batch, **options)
+
+
+def test_what_is_not_at_a_minimum_is_told_alone():
+    note = LineFit("right", 9.0).report(OF_LINE).note
+    assert "not at a minimum" in note
+    assert "p-value" not in note

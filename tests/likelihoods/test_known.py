@@ -1,4 +1,4 @@
-"""Error bars that depend on the parameters are refused: their logarithm is missing."""
+"""Error bars, and counts, that depend on the parameters are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optimistix as optx
 import pytest
 
 import vernal as vn
-from vernal.likelihoods import Gaussian, Robust
+from vernal.likelihoods import Gaussian, Poisson, Robust
 
 X = jnp.linspace(1.0, 2.0, 20)
 DATA = X, 2 * X + 0.1 * jnp.sin(9 * X), jnp.full(20, 0.1)
@@ -44,6 +44,8 @@ LIKELIHOODS = {
     "Gaussian": lambda mean, y, std: Gaussian(mean, y, std),
     "Gaussian, masked": lambda mean, y, std: Gaussian(mean, y, std, where=y > 2.2),
     "Robust": lambda mean, y, std: Robust(mean - y, "huber", std),
+    "Poisson": lambda mean, y, std: Poisson(mean, 30 * std),
+    "Poisson, masked": lambda mean, y, std: Poisson(mean, 30 * std, where=y > 2.2),
     "two": lambda mean, y, std: [mean - y, Gaussian(mean, y, std)],
 }
 
@@ -59,6 +61,7 @@ class Fit(vn.Trainer):
 
     def residuals(self, model, batch):
         x, y, std = batch
+        # Of pairs the second must be known: error bars, or counts.
         ways = {**FITTED, **KNOWN}
         pairs = [ways[name](model, x, std) for name in self.told]
         makes = [LIKELIHOODS[name] for name in self.likelihoods]
@@ -118,6 +121,66 @@ def test_each_entrance_takes_known_ones(entrance):
 
 def test_each_likelihood_takes_known_ones():
     Fit(*KNOWN, likelihoods=tuple(LIKELIHOODS)).fit(DATA, 3)
+
+
+class OfCounts(vn.Trainer):
+    """Counts around three, as a user's function gives them to the likelihood."""
+
+    way: str
+
+    def __init__(self, way, **options):
+        self.way = way
+        model = {"deep": {"rate": jnp.array(2.0)}, "other": None}
+        super().__init__(model, optax.adam(0.01), **options)
+
+    def residuals(self, model, batch):
+        rate = model["deep"]["rate"] + 0 * batch[0]
+        return (COUNTS | HONEST)[self.way](rate, batch[1].round(), batch[2])
+
+
+COUNTS = {
+    "swapped": lambda rate, n, std: Poisson(n, rate),
+    "less a background": lambda rate, n, std: Poisson(10 * std, n - rate),
+    "of a swapped one beside another": lambda rate, n, std: {
+        "a": Poisson(rate, n), "b": Poisson(n, rate),
+    },
+    "both": lambda rate, n, std: Poisson(rate, rate * n),
+}  # fmt: skip
+HONEST = {
+    "floats": lambda rate, n, std: Poisson(rate, n),
+    "integers": lambda rate, n, std: Poisson(rate, n.astype(int)),
+    "half precision": lambda rate, n, std: Poisson(rate.astype("bfloat16"), n),
+    "masked": lambda rate, n, std: Poisson(rate, n, where=n > 2),
+    "scaled exposure": lambda rate, n, std: Poisson(10 * rate * std, n),
+    "held": lambda rate, n, std: Poisson(rate, jax.lax.stop_gradient(rate) + 0 * n),
+    "rounded": lambda rate, n, std: Poisson(rate, jnp.round(rate)),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("way", COUNTS)
+def test_counts_that_depend_on_the_parameters_are_refused(way, entrance):
+    with pytest.raises(ValueError, match=r"its `counts` depends? on the parameters"):
+        ENTRANCES[entrance](OfCounts(way))
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("way", HONEST)
+def test_counts_that_are_data_are_taken(way):
+    OfCounts(way).fit(DATA, 3)
+
+
+def test_a_score_after_a_fit_has_a_derivative_by_the_data():
+    def scored(n, own):
+        batch = DATA[0], n, DATA[2]
+        after, _ = vn.unroll(OfCounts("floats"), batch, 3)
+        if own:
+            return after.residuals(after.model, batch).nll()
+        return after.evaluate(after.model, batch)
+
+    n = 3 + DATA[1]
+    by_hand, found = (jax.grad(scored)(n, own) for own in (True, False))
+    assert jnp.allclose(found, by_hand, rtol=1e-6)
 
 
 def test_a_scatter_by_its_likelihood():

@@ -367,6 +367,43 @@ def test_a_lower_minimum_on_the_way_is_an_error():
     assert found.delta.min() < 0
 
 
+class Overdispersed(vn.Trainer):
+    """A negative binomial, whose large numbers cancel where it is nearly Poisson."""
+
+    def nll(self, model, batch):
+        x, n = batch
+        mean, size = jnp.exp(model["at_zero"] + model["slope"] * x), model["size"]
+        size, ln = jnp.exp(size), jax.scipy.special.gammaln
+        left = size * jnp.log(size / (size + mean)) + n * jnp.log(mean / (size + mean))
+        return -jnp.sum(ln(n + size) - ln(size) - ln(n + 1) + left)
+
+
+def test_a_likelihood_that_loses_its_digits_is_told_as_that():
+    x, rng = np.linspace(0, 1, 60), np.random.default_rng(0)
+    rate = np.exp(2 + x)
+    model = {"at_zero": jnp.array(2.0), "slope": jnp.array(1.0)}
+    solver = optx.BFGS(1e-8, 1e-8)
+
+    def fitted(counts):
+        trainer = Overdispersed(model | {"size": jnp.array(2.0)})
+        batch = jnp.asarray(x), jnp.asarray(counts, float)
+        return trainer.solve(solver, batch).trainer, batch
+
+    # These scatter as those of Poisson do at most: `size` runs off.
+    few = np.round(rate + 0.3 * rng.normal(size=60) * np.sqrt(rate))
+    trainer, batch = fitted(few)
+    there = {"size": jnp.array(17.0)}
+    trainer = trainer.replace(model=trainer.model | there)
+    with pytest.raises(ValueError, match=r"seems higher.*digits are lost") as caught:
+        trainer.intervals(solver, batch)
+    assert not hasattr(caught.value, "model")
+    with pytest.warns(UserWarning, match="seems higher.*digits are lost"):
+        trainer.profile(solver, batch, "size", [17.0, 34.0, 34.5, 35.0])
+    trainer, batch = fitted(rng.poisson(rate * rng.gamma(5, 1 / 5, 60)))
+    low, high = trainer.intervals(solver, batch)["size"]
+    assert 0.5 < low < trainer.model["size"] < high < 5
+
+
 def test_a_likelihood_that_is_not_finite_before_it_falls_has_no_end():
     class Edge(vn.Trainer):
         def nll(self, x, batch):

@@ -21,7 +21,14 @@ from .._minimum import (
     what_falls,
 )
 from .._projection import DenseWhitening
-from .._report import ParameterRow, Report, criteria, p_value, parameter_rows
+from .._report import (
+    ParameterRow,
+    Report,
+    criteria,
+    p_value,
+    p_value_note,
+    parameter_rows,
+)
 from .._step import (
     AbstractTrainer,
     defined,
@@ -108,6 +115,8 @@ def report(
         # A fit of as many parameters as data has no p-value, however many counts.
         note=_joined(
             _note(trainer, here, counts, chance is None and bool(degrees)),
+            # Without error bars chi-squared has no distribution.
+            None if is_scaled else _p_value_note(trainer, here, chance, counts),
             of_tied,
             here.zeros_note(),
         ),
@@ -158,6 +167,22 @@ def _note(
     if counts is not None:
         of_data = counts.note(here.kind == "sandwich", is_few)
     return _joined(of_point, of_data, few_text(here.is_of_few, params))
+
+
+def _p_value_note(
+    trainer: AbstractTrainer,
+    here: Around,
+    chance: float | None,
+    counts: OfCounts | None,
+) -> str | None:
+    """Says what a p-value near 0 or 1 means, where nothing else explains it."""
+    distance = here.distance
+    is_short = distance is not None and minimum_note(distance, trainer.params)
+    # The sandwich has errors of any scatter, and a forecast has none.
+    is_exact = here.kind == "sandwich" or not here.chi_squared
+    if is_short or is_exact or here.zeros_note():
+        return None
+    return p_value_note(chance, counts is not None)
 
 
 def _joined(*notes: str | None) -> str | None:

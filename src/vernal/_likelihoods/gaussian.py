@@ -1,5 +1,6 @@
 """The normal distribution."""
 
+from types import MappingProxyType
 from typing import ClassVar, final
 
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ from .._boundary import entrance
 from .._pickling import Portable
 from .likelihood import (
     AbstractLikelihood,
+    Known,
     as_alike,
     as_mask,
     as_prediction,
     count_of,
     present,
     told_of,
+)
+
+_STD = (
+    "Where error bars are fitted, the likelihood has the sum of `jnp.log(std)` too, "
+    "which no residual has: define `nll` instead. To hold them at each step, give "
+    "`jax.lax.stop_gradient(std)`."
 )
 
 
@@ -38,12 +46,7 @@ class Gaussian(Portable, AbstractLikelihood):
     data: Inexact[Array, "..."]
     std: Float[Array, "..."]
     where: Bool[Array, "..."] | None
-    known: ClassVar[tuple[str, str] | None] = (
-        "std",
-        "Where error bars are fitted, the likelihood has the sum of `jnp.log(std)` "
-        "too, which no residual has: define `nll` instead. To hold them at each step, "
-        "give `jax.lax.stop_gradient(std)`.",
-    )
+    known: ClassVar[Known] = MappingProxyType({"std": _STD})
 
     @entrance
     def __init__(

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Inexact, Int
 
 from .._boundary import RefusedError, refuse_foreign, refuse_taken
 from .._tree import at_least_single, is_inexact
+
+Known = Mapping[str, str]
 
 
 class AbstractLikelihood(eqx.Module):
@@ -26,12 +29,12 @@ class AbstractLikelihood(eqx.Module):
     - `is_robust`: whether it is not a likelihood that the data are believed to have,
         but one that bears outliers. Then $\chi^2$ has no meaning, and errors are those
         of the sandwich, see [`vernal.Trainer.standard_errors`][].
-    - `known`: the name of a field that must not depend on the parameters, and the
-        remedy, for an error; `None` if there is none.
+    - `known`: the names of the fields that must not depend on the parameters, each
+        with the remedy, for an error.
     """
 
     is_robust: ClassVar[bool] = False
-    known: ClassVar[tuple[str, str] | None] = None
+    known: ClassVar[Known] = MappingProxyType({})
 
     def __check_init__(self) -> None:
         refuse_taken(type(self), AbstractLikelihood)
@@ -73,23 +76,28 @@ def require_known(term: T, param: Array, what: str) -> T:
     It is found out when the parameters are differentiated, of which `param` is one: by
     then whatever depends on them has a tangent. An error calls the likelihood `what`.
     """
-    if term.known is None:
-        return term
-    name, remedy = term.known
+    for name, remedy in term.known.items():
+        value = _require_known(
+            getattr(term, name),
+            param,
+            f"{what}: its `{name}` depends on the parameters. {remedy}",
+        )
+        term = eqx.tree_at(lambda term, name=name: getattr(term, name), term, value)
+    return term
 
+
+def _require_known(value: Array, param: Array, text: str) -> Array:
     @jax.custom_jvp
     def known(value: Array, param: Array) -> Array:
         return value
 
     def rule(primals: Any, tangents: Any) -> Any:
         if not any(isinstance(tangent, SymbolicZero) for tangent in tangents):
-            text = f"{what}: its `{name}` depends on the parameters. {remedy}"
             raise RefusedError(text)
         return primals[0], tangents[0]
 
     known.defjvp(rule, symbolic_zeros=True)
-    where = lambda term: getattr(term, name)
-    return eqx.tree_at(where, term, known(where(term), param))
+    return known(value, param)
 
 
 def as_prediction(value: Any, name: str) -> Inexact[Array, "..."]:

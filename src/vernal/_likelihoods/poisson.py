@@ -1,6 +1,7 @@
 """The Poisson distribution."""
 
-from typing import final
+from types import MappingProxyType
+from typing import ClassVar, final
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from .._pickling import Portable
 from .counts import Moments, deviance_moments
 from .likelihood import (
     AbstractLikelihood,
+    Known,
     as_alike,
     as_mask,
     as_prediction,
@@ -22,6 +24,12 @@ from .likelihood import (
 
 # Below this distance of rate and count, relative to their sum, the series is accurate.
 _NEAR = 0.15
+
+_COUNTS = (
+    "They are the data; what the model expects is `rate`, the first argument: "
+    "`Poisson(model(x), counts)`. A background or efficiency with parameters "
+    "belongs to it. To hold counts at each step, give `jax.lax.stop_gradient(counts)`."
+)
 
 
 @final
@@ -50,6 +58,7 @@ class Poisson(Portable, AbstractLikelihood):
     rate: Float[Array, "..."]
     counts: Float[Array, "..."]
     where: Bool[Array, "..."] | None
+    known: ClassVar[Known] = MappingProxyType({"counts": _COUNTS})
 
     @entrance
     def __init__(
@@ -60,7 +69,8 @@ class Poisson(Portable, AbstractLikelihood):
         - `rate`: the counts that the model expects, $\mu$, not their density. The
             likelihood of a negative rate is zero, and its residual infinite: bound the
             parameters if need be.
-        - `counts`: $n$, an array of the same shape, of integers or floats.
+        - `counts`: $n$, an array of the same shape, of integers or floats. Fits and
+            derivatives refuse those that depend on the parameters.
         - `where`: as for [`vernal.likelihoods.Gaussian`][].
 
         **Raises:**

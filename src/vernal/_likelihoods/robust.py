@@ -1,6 +1,7 @@
 """Losses that bear outliers."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, final, get_args
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from .._boundary import entrance, one_of
 from .._pickling import Portable
 from .likelihood import (
     AbstractLikelihood,
+    Known,
     as_alike,
     as_mask,
     as_prediction,
@@ -74,6 +76,12 @@ _KINDS: dict[str, _Kind] = {
 }
 
 
+_SCALE = (
+    "Another scale lowers a loss that bears outliers, whatever the data are. Give a "
+    "number, or `jax.lax.stop_gradient(scale)`."
+)
+
+
 @final
 class Robust(Portable, AbstractLikelihood):
     r"""A loss that bears outliers, with the names of `scipy.optimize.least_squares`.
@@ -103,11 +111,7 @@ class Robust(Portable, AbstractLikelihood):
     scale: Float[Array, "..."]
     where: Bool[Array, "..."] | None
     is_robust: ClassVar[bool] = True
-    known: ClassVar[tuple[str, str] | None] = (
-        "scale",
-        "Another scale lowers a loss that bears outliers, whatever the data are. Give "
-        "a number, or `jax.lax.stop_gradient(scale)`.",
-    )
+    known: ClassVar[Known] = MappingProxyType({"scale": _SCALE})
 
     @entrance
     def __init__(

@@ -14,7 +14,7 @@ from .._step import AbstractTrainer, prior_ends
 from .._tree import ByName
 from .conditional import Points
 from .elements import find_elements, values_of
-from .scan import Options, Scan, Start
+from .scan import LOST, Options, Scan, Start
 from .search import search
 
 Interval = tuple[float, float]
@@ -181,11 +181,16 @@ def _check(scan: Scan, ends: dict[str, End]) -> None:
     base = scan.base.nll
     label, end = min(ends.items(), key=lambda pair: pair[1].lowest.nll)
     if scan.is_lower(end.lowest):
+        against = f"({end.lowest.nll:.6g} against {base:.6g} as its negative logarithm)"
+        if scan.is_lost(end.lowest.flat, float(end.lowest.nll)):
+            raise ValueError(
+                f"On the way to {label} the likelihood seems higher than at the "
+                f"minimum {against}, but {LOST}"
+            )
         error: Any = ValueError(
             f"On the way to {label} the likelihood is higher than at the minimum "
-            f"({end.lowest.nll:.6g} against {base:.6g} as its negative logarithm): it "
-            "is not the minimum. Fit again from there, the attribute `model` of this "
-            "error."
+            f"{against}: it is not the minimum. Fit again from there, the attribute "
+            "`model` of this error."
         )
         error.model = scan.model(end.lowest.flat)
         raise error

@@ -17,7 +17,7 @@ from .._tree import ByName
 from .conditional import Points, run_models
 from .elements import coordinates_of, find_element, find_elements, values_of
 from .intervals import crossings
-from .scan import Options, Scan, Start
+from .scan import LOST, Options, Scan, Start
 
 Model = TypeVar("Model", covariant=True, default=Any)
 
@@ -109,7 +109,10 @@ def profile(
         found[x] = _profile(scan, x, i, own_values, own)
         is_bound = np.isin(free, (scan.low[i], scan.high[i])) & np.isposinf(own.nll)
         ends = scan.error_note() + prior_ends(scan.trainer)
-        _warn_of(found[x], scan.is_lower(own), is_bound, ends)
+        lower = scan.is_lower(own)
+        if lower.any():
+            _warn_of_lower(scan, found[x], own, lower)
+        _warn_of(found[x], is_bound, ends)
     return next(iter(found.values())) if is_one else ByName(found)
 
 
@@ -199,21 +202,31 @@ def _checked(values: Any) -> np.ndarray:
     return array
 
 
-def _warn_of(
-    found: Profile[Any], lower: np.ndarray, is_bound: np.ndarray, ends: str
+def _warn_of_lower(
+    scan: Scan, found: Profile[Any], points: Points, lower: np.ndarray
 ) -> None:
+    """Warns of a point below the minimum, or of one that rounding puts there."""
+    place = int(np.argmin(np.where(lower, found.losses, np.inf)))
+    is_lost = scan.is_lost(points.flat[place], float(points.nll[place]))
+    told = (
+        f"but {LOST}"
+        if is_lost
+        else "so it is not the minimum. Fit again from there, the model "
+        f"{place} of `profile.models`."
+    )
+    warn(
+        f"`profile`: at {found.name} = {found.values[place]:.6g} the likelihood "
+        f"{'seems' if is_lost else 'is'} higher than at the minimum "
+        f"({found.losses[place]:.6g} against {found.minimum:.6g} as its negative "
+        f"logarithm), {told}"
+    )
+
+
+def _warn_of(found: Profile[Any], is_bound: np.ndarray, ends: str) -> None:
     """Warns of what was not found; `ends` says what else may be the cause.
 
     At a bound (`is_bound`) a likelihood of zero is told by the values alone.
     """
-    if lower.any():
-        place = int(np.argmin(np.where(lower, found.losses, np.inf)))
-        warn(
-            f"`profile`: at {found.name} = {found.values[place]:.6g} the likelihood is "
-            f"higher than at the minimum ({found.losses[place]:.6g} against "
-            f"{found.minimum:.6g} as its negative logarithm): it is not the minimum. "
-            f"Fit again from there, the model {place} of `profile.models`."
-        )
     is_lost = ~found.converged & ~is_bound
     few = lambda values: first_names(values.tolist(), "{:.6g}".format)
     at = lambda which: f"{found.name} = {few(found.values[which])}"

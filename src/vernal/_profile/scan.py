@@ -45,7 +45,7 @@ from .._step import (
     template_of,
 )
 from .._tree import ravel_dtype, widest
-from .by_solver import by_solver
+from .by_solver import by_solver, run_nll
 from .conditional import Held, Points, Space, run_limits, run_points
 from .elements import values_of
 
@@ -54,6 +54,16 @@ _LOWER = 5e-3
 
 # Two minima that differ by less, beside rounding, are the same.
 _SAME = 1e-6
+
+# Where so much of a fall comes and goes by rounding, there is none. So many points
+# tell.
+_MOST_LOST, _AROUND = 0.2, 8
+
+LOST = (
+    "it changes as much if the parameters are off by rounding: large numbers cancel in "
+    "it there, and its digits are lost. Write it so that they do not cancel, or keep "
+    "the parameters away from there, by `bounds`."
+)
 
 _WHAT = "A profile of the likelihood"
 
@@ -180,6 +190,14 @@ class Scan:
         cancelled = away * math.sqrt(2 * abs(minimum)) + away**2 / 2
         noise = 64 * eps * abs(minimum) + cancelled
         return points.nll < minimum - _LOWER - noise
+
+    def is_lost(self, flat: np.ndarray, nll: float) -> bool:
+        """Whether the likelihood is lower there by what rounding makes of it."""
+        rounded = np.random.default_rng(0).integers(-4, 5, (_AROUND, flat.size))
+        near = flat * (1 + rounded * np.finfo(flat.dtype).eps).astype(flat.dtype)
+        values = [float(run_nll(self._space, jax.device_put(row))) for row in near]
+        fall = float(self.base.nll) - nll
+        return not np.ptp(values) <= _MOST_LOST * fall
 
     def model(self, flat: np.ndarray) -> Any:
         return self._space.at(jnp.asarray(flat)).model

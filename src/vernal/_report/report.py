@@ -21,6 +21,9 @@ Section = list[tuple[str, ...]]
 _MOST_ROWS, _MOST_PAIRS = 64, 12
 _LEAST_CORRELATION = 0.1
 
+# Beyond it a p-value is no accident.
+_LEAST_CHANCE = 1e-6
+
 # An error of more times its value says nothing of a relative one.
 _MOST_RELATIVE = 100
 
@@ -133,7 +136,8 @@ class Report:
     parameters: tuple[ParameterRow, ...]
     correlation_matrix: Float[np.ndarray, "D D"]
     note: str | None = None
-    """Where to go on, if it is not at a minimum, or why its numbers mislead."""
+    """Where to go on, if it is not at a minimum, or why its numbers mislead, as where
+    the p-value is below 1e-6 or above 1 - 1e-6."""
 
     def __getitem__(self, name: str) -> ParameterRow:
         """Returns the row of one element, by its name."""
@@ -310,6 +314,32 @@ def p_value(chi_squared: float | None, degrees: int | float | None) -> float | N
     if chi_squared is None or degrees is None or degrees <= 0:
         return None
     return float(chi_squared_p_value(chi_squared, degrees))
+
+
+def p_value_note(chance: float | None, is_of_counts: bool) -> str | None:
+    """Says what a p-value means that no right model has, with right error bars."""
+    if chance is None or _LEAST_CHANCE <= chance <= 1 - _LEAST_CHANCE:
+        return None
+    if chance < _LEAST_CHANCE:
+        what = (
+            "the counts, or these scatter more than those of Poisson do"
+            if is_of_counts
+            else "the data, or their error bars are too small"
+        )
+        return (
+            f"p-value below {_LEAST_CHANCE:.0e}: the model does not describe {what}. "
+            "The errors hold for neither"
+        )
+    what = (
+        "counts of Poisson do"
+        if is_of_counts
+        else "their error bars say. These are too large, or none were given "
+        "(`scale_errors=True` takes them from the scatter)"
+    )
+    return (
+        f"p-value above 1 - {_LEAST_CHANCE:.0e}: the data scatter less than {what}; "
+        "or the data are smoothed, have been fitted before, or are without noise"
+    )
 
 
 def criteria(

@@ -57,9 +57,9 @@ def score(
 
     `model` is the trainer's own by default.
     """
-    model = trainer.model if model is None else model
     if "loss" not in defined(trainer):
         return Scored(negative_log_likelihood(trainer, batch, key, model), {}, None)
+    model = trainer.model if model is None else model
     options = {} if trainer.state is None else {"state": trainer.state}
     returned = _call(trainer, "loss", model, batch, key, **options)
     loss, metrics, state = _taken_apart(trainer, returned)
@@ -119,11 +119,11 @@ def negative_log_likelihood(
 
     Of arrays it is half the sum of their squares.
     """
-    model = trainer.model if model is None else model
+    given, model = model, trainer.model if model is None else model
     if "nll" in defined(trainer):
         value = _as_scalar(trainer, "nll", _call(trainer, "nll", model, batch, key))
     else:
-        terms = residual_terms(trainer, batch, key, model)
+        terms = residual_terms(trainer, batch, key, given)
         value, *others = (_nll_of(trainer, term) for term in terms)
         for other in others:
             dtype = widest((value.dtype, other.dtype))
@@ -243,6 +243,9 @@ def _named_terms(
     trainer: AbstractTrainer, batch: Any, key: PRNGKeyArray | None, model: Any
 ) -> list[tuple[str, Term]]:
     """Evaluates `residuals`, and says where each array or likelihood is in it."""
+    # The score of another model is not fitted: it may be differentiated by the data, of
+    # which the model and the parameters are functions after a fit.
+    is_fitted = model is None
     model = trainer.model if model is None else model
     returned = _call(trainer, "residuals", model, batch, key)
     is_likelihood = lambda x: isinstance(x, AbstractLikelihood)
@@ -272,7 +275,8 @@ def _named_terms(
         term, param, f"{what} returned a `{type(term).__name__}`"
     )
     return [
-        (where, known(term) if is_likelihood(term) else term) for where, term in named
+        (where, known(term) if is_fitted and is_likelihood(term) else term)
+        for where, term in named
     ]
 
 

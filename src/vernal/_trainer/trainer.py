@@ -882,7 +882,10 @@ class Trainer(AbstractTrainer[Model, Batch]):
 
         **Returns:**
 
-        The models, stacked: one whose arrays have a row for each, frozen ones too.
+        The models, stacked: one whose arrays have a row for each, frozen ones too. Row
+        `i` of all arrays is one draw; the rows are independent, in no order. Joined to
+        vectors, `jax.vmap(lambda m: ravel_pytree(m)[0])(models)`, its columns are in
+        the order of `ravel_pytree(trainer.model)`.
 
         **Raises:** as [`vernal.Trainer.report`][]; and a `ValueError` that names the
         directions which the data do not constrain, if there are any, or says that
