@@ -270,11 +270,6 @@ TABLE = {
         TypeError,
         r"`Odd\.nll` is not a method.*another name",
     ),
-    "nothing but empty arrays": (
-        lambda: LineFit({"slope": jnp.zeros((0, 2))}, SGD),
-        ValueError,
-        "`model` has nothing to train but empty arrays",
-    ),
     "a rule for what is tied": (
         lambda: LineFit(line(), RULES, ties={"offset": "slope"}),
         ValueError,

@@ -417,7 +417,7 @@ def test_print_says_what_happens_to_each():
     [
         (((), ()), "2 parameters, step"),
         (((100, 137), (3,)), "2 parameters, 13,703 numbers, step"),
-        (((0,), (3,)), "2 parameters, 3 numbers, step"),
+        (((0,),), "1 parameter, 0 numbers, step"),
     ],
 )
 def test_numbers_are_counted_where_they_are_not_the_parameters(shapes, said):
