@@ -195,6 +195,16 @@ def test_floats_as_an_index_are_named_if_they_are_whole(of):
     assert told == [words.format(name) for name in names]
 
 
+def test_floats_that_are_taken_by_are_named():
+    class Taken(vn.Trainer):
+        def residuals(self, model, batch):
+            return jnp.take(model, batch[0]) - batch[1]
+
+    with pytest.raises(ValueError, match="integer type") as caught:
+        Taken(jnp.zeros(2)).solve(SOLVER, (np.array([0.0, 1.0]), np.full(2, 0.5)))
+    assert any("`batch[0]`. Use `.astype(int)`" in x for x in caught.value.__notes__)
+
+
 # Nothing to fit to.
 
 EMPTY = jnp.zeros(0), jnp.zeros(0)

@@ -317,6 +317,40 @@ def test_another_tree(name, file):
         vn.load(file, make())
 
 
+WRONG_KINDS = {
+    "of a trainer, into a model": (
+        trainer,
+        gaussian,
+        r"holds a trainer.*`vn\.load\(path, trainer\)\.model`",
+    ),
+    "of many, into a model": (
+        lambda: eqx.filter_vmap(trainer, axis_size=2)(),
+        gaussian,
+        "holds a trainer",
+    ),
+    "of a model, into a trainer": (
+        gaussian,
+        trainer,
+        r"holds no trainer.*`trainer\.replace\(model=vn\.load\(path, trainer\.model",
+    ),
+    "of nothing, into a trainer": (dict, trainer, "holds no trainer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_file_of_another_kind(name, file):
+    saved, like, said = WRONG_KINDS[name]
+    vn.save(file, saved())
+    with pytest.raises(vn.MismatchError, match=said):
+        vn.load(file, like())
+
+
+def test_names_of_a_trainer_in_a_tree(file):
+    for tree in ({"step_count": 3, "best_loss": 1.0}, {"trainer": trainer()}):
+        vn.save(file, tree)
+        assert same(vn.load(file, tree), tree)
+
+
 def test_another_shape(file):
     vn.save(file, {"a": jnp.ones(3), "b": 1})
     with pytest.raises(vn.MismatchError, match=r"'a' is float64\[3\] there.*\[4\]"):

@@ -3,6 +3,7 @@
 import functools as ft
 import inspect
 import itertools
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from .names import spelled_leaves
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What JAX says of a dictionary whose keys do not compare, and of floats in brackets.
+# What JAX says of a dictionary whose keys do not compare, and of floats as an index.
 _UNSORTED = "while sorting pytree dictionary keys"
-_NO_INDEX = "Indexer must have integer"
+_NO_INDEX = re.compile("(Indexer|indices) must have (an )?integer")
 
 _LIBRARIES = frozenset(
     {
@@ -172,8 +173,9 @@ def _named(fn: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _advise(error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Adds to an error of floats in brackets which of the data may be meant."""
-    if not (isinstance(error, TypeError) and _NO_INDEX in str(error)):
+    """Adds to an error of floats as an index which of the data may be meant."""
+    is_kind = isinstance(error, TypeError | ValueError)
+    if not (is_kind and _NO_INDEX.match(str(error))):
         return
     named = _named(fn, args, kwargs)
     given = {name: named[name] for name in ("batch", "data") if name in named}

@@ -1,8 +1,8 @@
 """`save` and `load`: a trainer, or any pytree, in one file."""
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
 
 import jax
 
@@ -31,6 +31,9 @@ from .snapshot import (
 )
 
 T = TypeVar("T")
+
+# Names that the file of each trainer has.
+_OF_TRAINERS = frozenset({"best_loss", "nan_counts", "step_count"})
 
 
 @entrance
@@ -146,6 +149,7 @@ def load(
     with open_file(path) as (arrays, header):
         with reported_damage(target):
             meaning, known = as_meaning(header), as_untrained(header)
+        _require_same_kind(arrays, like, source)
         if isinstance(like, AbstractTrainer):
             trainer = _restored(arrays, like, source, names, meaning)
             _warn_of_others(others(known, untrained(like)), source)
@@ -158,6 +162,22 @@ def load(
         require_order(arrays, like, source)
         require_same_groups(arrays, meaning.groups, groups_in(like), source)
         return from_arrays(arrays, like, source)
+
+
+def _require_same_kind(names: Collection[str], like: Any, source: str) -> None:
+    """Refuses the file of a trainer for another tree, and the reverse."""
+    found = _OF_TRAINERS.intersection(names)
+    if isinstance(like, AbstractTrainer) and not found:
+        raise MismatchError(
+            f"{source} holds no trainer. Load it into what was saved, such as a model, "
+            "and give that to the trainer: "
+            "`trainer.replace(model=vn.load(path, trainer.model))`."
+        )
+    if not isinstance(like, AbstractTrainer) and found == _OF_TRAINERS:
+        raise MismatchError(
+            f"{source} holds a trainer. Load it into one of the same model and "
+            "optimiser. Its model is then `vn.load(path, trainer).model`."
+        )
 
 
 def _warn_of_others(paths: Sequence[str], source: str) -> None:
