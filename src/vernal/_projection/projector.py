@@ -1,7 +1,7 @@
 """`EigenProjector`, and the ways to make one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -53,8 +53,17 @@ _VECTOR = jax.tree.structure(0)
 
 
 def _compiled(fn: FnT) -> FnT:
-    """Makes a function one program; by itself, each of its operations would be one."""
-    return cast(FnT, jax.jit(fn, inline=True))
+    """Makes a method one program; by itself, each of its operations would be one.
+
+    That of a stacked projector is mapped over its members, and so are the arguments.
+    """
+
+    @wraps(fn)
+    def of_each(projector: "EigenProjector", *args: Any) -> Any:
+        mapped = eqx.filter_vmap(of_each) if projector.members else fn
+        return mapped(projector, *args)
+
+    return cast(FnT, jax.jit(of_each, inline=True))
 
 
 class EigenProjector(Portable, eqx.Module):
@@ -82,7 +91,9 @@ class EigenProjector(Portable, eqx.Module):
     - a matrix for each group of parameters: [`vernal.EigenProjector.from_blocks`][];
     - products with a matrix too large to form: [`vernal.EigenProjector.from_matvec`][].
 
-    A projector is constant: no gradient flows into its arrays.
+    A projector is constant: no gradient flows into its arrays. The arrays of a stacked
+    one, which `jax.vmap` makes, have a row for each member, and so have those that its
+    methods take and return.
     """
 
     # A whitening for each block; the latent space is the tree of their latent arrays.
@@ -339,6 +350,11 @@ class EigenProjector(Portable, eqx.Module):
         return self._is_of_free
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """The leading axes of the arrays of a stacked projector; `()` of one alone."""
+        return max((w.scale.shape[:-1] for w in self._whitenings), key=len)
+
+    @property
     def _held(self) -> tuple[AbstractWhitening, ...]:
         return jax.lax.stop_gradient(self._whitenings)
 
@@ -361,7 +377,8 @@ class EigenProjector(Portable, eqx.Module):
     def latent_like(self) -> PyTree:
         """The latent tree, with shapes and dtypes in place of arrays."""
         return self._structure.unflatten(
-            jax.ShapeDtypeStruct(w.latent_shape, w.dtype) for w in self._whitenings
+            jax.ShapeDtypeStruct((*self.members, *w.latent_shape), w.dtype)
+            for w in self._whitenings
         )
 
     def _pieces(self, latent: PyTree) -> list[Array]:
@@ -389,7 +406,7 @@ class EigenProjector(Portable, eqx.Module):
 
     @property
     @_compiled
-    def matrix(self) -> Float[Array, "D latent"]:
+    def matrix(self) -> Float[Array, "*members D latent"]:
         """The matrix $P$, of shape `(D, latent_size)`, formed on each access.
 
         Rows are in the order of `ravel_pytree` of the parameters, columns in that of
@@ -594,8 +611,13 @@ class EigenProjector(Portable, eqx.Module):
 
         - `ValueError`: under `jax.jit`, where the weights are not known; or after
             [`vernal.EigenProjector.from_matvec`][], which knows only the leading
-            directions.
+            directions; or of a stacked projector.
         """
+        if self.members:
+            raise ValueError(
+                "`null_space` is for one projector, and this one has members: take "
+                "one, such as the first, `jax.tree.map(lambda x: x[0], projector)`."
+            )
         leaves = leaves_by_path(self._origin, self._blocks)
         pairs = zip(self._whitenings, leaves, strict=True)
         found = [whitening.null_space(own) for whitening, own in pairs]
@@ -604,7 +626,7 @@ class EigenProjector(Portable, eqx.Module):
     @undebugged
     @checked
     @_compiled
-    def covariance(self) -> Float[Array, "D D"]:
+    def covariance(self) -> Float[Array, "*members D D"]:
         r"""Returns the covariance of the parameters, $P P^\top = F^{-1}$.
 
         Elements to which a dropped direction contributes are $\pm\infty$. Those of
