@@ -6,11 +6,13 @@ loss then stays finite, but the derivative of the root at zero does not: a step 
 too long puts NaN into two of the three gradients.
 
 The default policy ends the fit there, and the report says where and when. `ZeroNans`
-continues with the one parameter that is left. `Retreat`, which is defined here, undoes
-the last step, halves the step size, and finds the minimum.
+continues with the one parameter that is left, and a warning says so. `Retreat`, which
+is defined here, undoes the last step, halves the step size, and finds the minimum.
 """
 
 import argparse
+import textwrap
+import warnings
 from pathlib import Path
 
 import equinox as eqx
@@ -74,18 +76,24 @@ def main(output):
     start = Pendulum(jnp.asarray(1.0), jnp.asarray(0.6), jnp.asarray(0.8))
     rates = {"amplitude": optax.sgd(1.0), ("damping", "stiffness"): optax.sgd(2.0)}
 
-    results = {}
+    results, warned = {}, []
     for policy in vn.StopFit(), vn.ZeroNans(), Retreat():
         trainer = PendulumFit(start, vn.ParamOptimiser(rates), nan_policy=policy)
-        result = trainer.fit((time, angle), 600, record=vn.paths(start))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = trainer.fit((time, angle), 600, record=vn.paths(start))
         results[type(policy).__name__] = result
         print(f"\n{type(policy).__name__}: {result.stop_reason}")
+        for warning in caught:
+            warned.append(type(policy).__name__)
+            print(textwrap.indent(textwrap.fill(str(warning.message), 78), "  "))
         steps = len(result.history.loss)
         print(f"  {steps} steps, best loss {result.trainer.best_loss:.5f}")
         for path, count in result.trainer.nan_report().items():
             if count.total:
                 print(f"  {path}: {count.total} NaN, first at step {count.first_step}")
 
+    assert warned == ["ZeroNans"]
     report = results["StopFit"].trainer.nan_report()
     assert report["loss"].total == report["amplitude"].total == 0
     assert report["damping"].total == report["stiffness"].total == 1
