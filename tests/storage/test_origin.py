@@ -204,6 +204,11 @@ STARTS = {
         "",
     ),
     "of another seed": (WEIGHTS, np.random.default_rng(1).normal(size=1000), "'a'"),
+    "of another seed, large and in half precision": (
+        np.random.default_rng(0).normal(size=2**17).astype("f2"),
+        np.random.default_rng(1).normal(size=2**17).astype("f2"),
+        "'a'",
+    ),
     "in another order": (WEIGHTS, WEIGHTS[::-1], "'a'"),
     "a number": (2.0, 2.01, "'a'"),
     "from zero": (0.0, 1e-9, "'a'"),

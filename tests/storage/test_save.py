@@ -334,6 +334,21 @@ WRONG_KINDS = {
         r"holds no trainer.*`trainer\.replace\(model=vn\.load\(path, trainer\.model",
     ),
     "of nothing, into a trainer": (dict, trainer, "holds no trainer"),
+    "of a result, into a trainer": (
+        lambda: trainer().fit(BATCH, 1),
+        trainer,
+        r"holds a tree with a `trainer`, such as a result.*`result\.trainer` alone",
+    ),
+    "of a result, into a model": (
+        lambda: trainer().fit(BATCH, 1),
+        gaussian,
+        "holds a tree with a `trainer`, such as a result",
+    ),
+    "of many results, into a trainer": (
+        lambda: vn.fit_many([trainer()], BATCH, 1),
+        trainer,
+        "holds a tree with a `trainers`",
+    ),
 }
 
 
@@ -346,7 +361,8 @@ def test_a_file_of_another_kind(name, file):
 
 
 def test_names_of_a_trainer_in_a_tree(file):
-    for tree in ({"step_count": 3, "best_loss": 1.0}, {"trainer": trainer()}):
+    result = trainer().fit(BATCH, 1)
+    for tree in ({"step_count": 3, "best_loss": 1.0}, {"trainer": trainer()}, result):
         vn.save(file, tree)
         assert same(vn.load(file, tree), tree)
 

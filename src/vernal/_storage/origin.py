@@ -29,7 +29,8 @@ _STATIC = "static"
 # A header with more checksums could be longer than that of a file may be.
 _MOST_BYTES = 2**19
 
-# Of each parameter so many means say where a fit begins.
+# Of each parameter the means of so many pieces, and their first elements, say where a
+# fit begins.
 _PIECES = 8
 
 # By so much of its size a start may differ: machines round what they compute.
@@ -85,16 +86,17 @@ def _sketches(params: Any) -> dict[str, list[float]]:
 
 
 def _sketch(array: Any) -> list[float]:
-    """Returns how far others may be apart, the root mean square, and some means."""
+    """Returns how far others may be apart, the root mean square, and some numbers."""
     numbers = np.asarray(array).ravel()
     if np.iscomplexobj(numbers):
         numbers = np.concatenate([np.real(numbers), np.imag(numbers)])
-    pieces = np.array_split(numbers, min(_PIECES, max(numbers.size, 1)))
-    pieces = [piece.astype(np.float64) for piece in pieces]
+    pieces = np.array_split(numbers, _PIECES)
+    pieces = [piece.astype(np.float64) for piece in pieces if piece.size]
     squares = sum(float(piece @ piece) for piece in pieces)
     size = (squares / max(numbers.size, 1)) ** 0.5
     apart = size * max(_ROUNDED, 16 * float(jnp.finfo(numbers.dtype).eps))
-    return [apart, size, *(float(p.sum() / max(p.size, 1)) for p in pieces)]
+    firsts = [float(piece[0]) for piece in pieces]
+    return [apart, size, *(float(piece.mean()) for piece in pieces), *firsts]
 
 
 def _of_priors(trainer: AbstractTrainer) -> dict[str, Any]:

@@ -8,7 +8,14 @@ import jax
 
 from .._boundary import PyTree, entrance, file_path, first_names, refuse_traced, warn
 from .._step import AbstractTrainer, TrainerT
-from .._tree import MismatchError, NamedArray, from_arrays, require_keepable, to_arrays
+from .._tree import (
+    MismatchError,
+    NamedArray,
+    by_path,
+    from_arrays,
+    require_keepable,
+    to_arrays,
+)
 from .file import open_file, reported_damage, require_values, write_file
 from .origin import as_untrained, others, untrained
 from .positions import (
@@ -165,15 +172,23 @@ def load(
 
 
 def _require_same_kind(names: Collection[str], like: Any, source: str) -> None:
-    """Refuses the file of a trainer for another tree, and the reverse."""
-    found = _OF_TRAINERS.intersection(names)
-    if isinstance(like, AbstractTrainer) and not found:
+    """Refuses the file of a trainer, or of a result, for another kind of tree."""
+    is_trainer = isinstance(like, AbstractTrainer)
+    found, own = _OF_TRAINERS.intersection(names), by_path(like).names
+    for field in "trainer", "trainers":
+        is_within = lambda name, field=field: name.startswith(f"{field}._progress.")
+        if any(map(is_within, names)) and not any(map(is_within, own)):
+            raise MismatchError(
+                f"{source} holds a tree with a `{field}`, such as a result. Load it "
+                f"into one, or save `result.{field}` alone."
+            )
+    if is_trainer and not found:
         raise MismatchError(
             f"{source} holds no trainer. Load it into what was saved, such as a model, "
             "and give that to the trainer: "
             "`trainer.replace(model=vn.load(path, trainer.model))`."
         )
-    if not isinstance(like, AbstractTrainer) and found == _OF_TRAINERS:
+    if not is_trainer and found == _OF_TRAINERS:
         raise MismatchError(
             f"{source} holds a trainer. Load it into one of the same model and "
             "optimiser. Its model is then `vn.load(path, trainer).model`."
